@@ -1,0 +1,53 @@
+# The doors of this project. `make help` lists them.
+
+# The oldest toolchain that can build it; Cargo.toml says the same to cargo.
+RUST := 1.90
+# Programs that the tests start are built like the tests.
+PROFILE_DIR := target/debug
+
+.PHONY: help build check fmt lint test unit e2e demo docs deny tools toolchain clean-demo
+
+help: ## list the doors
+	@awk -F':.*## ' '/^[a-z-]+:.*## / { printf "  make %-10s %s\n", $$1, $$2 }' Makefile
+
+toolchain:
+	@command -v cargo >/dev/null || { echo "cargo is missing; hint: install Rust $(RUST) or newer with rustup" >&2; exit 1; }
+	@have=$$(cargo --version | cut -d' ' -f2); \
+	oldest=$$(printf '%s\n%s\n' "$(RUST)" "$$have" | sort -V | head -n 1); \
+	[ "$$oldest" = "$(RUST)" ] || { echo "Rust $$have is too old, $(RUST) is the oldest that works; hint: rustup update stable" >&2; exit 1; }
+
+build: toolchain ## build the release binaries: millstreamd, millstream-server, millstream
+	cargo build --release --locked -p millstream-node -p millstream-server -p millstream-cli
+
+check: fmt lint ## what continuous integration asks of the sources
+
+fmt: toolchain
+	cargo fmt --all --check
+
+lint: toolchain
+	cargo clippy --workspace --all-targets --locked -- -D warnings
+
+tools: toolchain ## install what the tests need (Debian packages, containerd 2.x)
+	tests/tools/install.sh
+
+test: tools unit e2e ## all tests; needs root
+
+# In continuous integration a tier that cannot run is a failure.
+export MILLSTREAM_REQUIRE_ALL ?= $(if $(CI),1)
+
+unit: toolchain ## tests of the crates
+	cargo test --workspace --exclude millstream-e2e --locked
+
+e2e: toolchain ## tests with real containerd, runc, registry and mounts; needs root
+	cargo build --locked -p millstream-node -p millstream-server -p millstream-cli
+	cargo test -p millstream-e2e --locked -- --test-threads=1
+
+demo: build ## the main job on real input, with a table at the end; needs root
+	tests/tools/install.sh demo
+	cargo run --release --locked -p millstream-e2e --bin millstream-demo
+
+docs: toolchain ## the documentation of the crates
+	RUSTDOCFLAGS="-D warnings" cargo doc --workspace --no-deps --locked
+
+deny: ## licences, sources and duplicates of dependencies (needs cargo-deny)
+	cargo deny check licenses bans sources

@@ -1,0 +1,402 @@
+//! One layer on the disk: its TOC, its data file and which chunks of it are there.
+
+use std::fs::{self, File};
+use std::os::unix::fs::FileExt;
+use std::path::{Path, PathBuf};
+use std::sync::atomic::{AtomicBool, AtomicU64, Ordering};
+use std::sync::{Arc, Mutex, PoisonError, RwLock};
+
+use millstream_oci::Digest;
+use millstream_sys::map::GuardedMap;
+use millstream_toc::format::{ChunkIx, NONE};
+use millstream_toc::read::Chunk;
+use millstream_toc::{CHUNK_SIZE, DataRange, Toc};
+use serde::{Deserialize, Serialize};
+
+use crate::StoreError;
+use crate::durable::{self, Faults, Step};
+use crate::index::{Index, LayerRecord};
+use crate::presence::{self, Presence};
+
+/// How far a layer can be trusted.
+#[derive(Debug, Clone, PartialEq, Eq, Serialize, Deserialize)]
+#[serde(rename_all = "kebab-case")]
+pub enum LayerState {
+    /// Its TOC is as good as whoever served it; chunks come as they are needed.
+    Lazy,
+    /// Wholly local, and the TOC was proven against blob digest and diff ID.
+    Verified,
+    /// Proven wrong. Nothing of it may be read.
+    Quarantined {
+        /// What was found.
+        reason: String,
+    },
+}
+
+/// The mapped TOC file, shared between the [`Toc`] that reads it and the layer that watches it for faults.
+#[derive(Debug, Clone)]
+struct SharedMap(Arc<GuardedMap>);
+
+impl AsRef<[u8]> for SharedMap {
+    fn as_ref(&self) -> &[u8] {
+        (*self.0).as_ref()
+    }
+}
+
+/// A layer in the store. All methods may be called from any thread; those that touch the disk block.
+#[derive(Debug)]
+pub struct Layer {
+    digest: Digest,
+    number: u32,
+    toc: Arc<Toc>,
+    toc_digest: Digest,
+    toc_map: SharedMap,
+    dir: PathBuf,
+    data: File,
+    data_path: PathBuf,
+    presence: Presence,
+    bytes_present: AtomicU64,
+    bytes_total: u64,
+    state: RwLock<LayerState>,
+    /// Chunks were written since the last sync began.
+    dirty: AtomicBool,
+    /// Its files are gone; what is written goes nowhere.
+    removed: AtomicBool,
+    /// Held while the presence file or the state is replaced.
+    persist: Mutex<()>,
+    index: Arc<Index>,
+    faults: Arc<dyn Faults>,
+}
+
+impl Layer {
+    /// Opens the layer that `record` names in `dir`.
+    ///
+    /// Bytes of a layer that is not verified are trusted as far as its presence file proves; without a good one, or
+    /// with a data file of another length, it starts empty.
+    pub(crate) fn open(
+        dir: &Path,
+        digest: Digest,
+        record: LayerRecord,
+        index: Arc<Index>,
+        faults: Arc<dyn Faults>,
+    ) -> Result<Self, StoreError> {
+        let (toc, toc_map) = open_toc(&dir.join("toc"), &digest, &record.toc)?;
+        let data_path = dir.join("data");
+        let verified = record.state == LayerState::Verified;
+        let (data, kept) = open_data(&data_path, &digest, toc.data_size(), verified)?;
+        let presence = if verified { all(toc.chunk_count()) } else { load_presence(dir, &toc, &record, kept) };
+        let (bytes_present, bytes_total) = measure(&toc, &presence)?;
+        Ok(Self {
+            digest,
+            number: record.number,
+            toc: Arc::new(toc),
+            toc_digest: record.toc,
+            toc_map,
+            dir: dir.to_owned(),
+            data,
+            data_path,
+            presence,
+            bytes_present: AtomicU64::new(bytes_present),
+            bytes_total,
+            state: RwLock::new(record.state),
+            dirty: AtomicBool::new(false),
+            removed: AtomicBool::new(false),
+            persist: Mutex::new(()),
+            index,
+            faults,
+        })
+    }
+
+    /// Digest of the layer's blob.
+    #[must_use]
+    pub fn digest(&self) -> Digest {
+        self.digest
+    }
+
+    /// The layer's number in node ids; between 1 and [`MAX_NUMBER`](crate::MAX_NUMBER).
+    #[must_use]
+    pub fn number(&self) -> u32 {
+        self.number
+    }
+
+    /// The layer's TOC. It was checked when it was admitted.
+    #[must_use]
+    pub fn toc(&self) -> &Arc<Toc> {
+        &self.toc
+    }
+
+    /// SHA-256 of the canonical TOC.
+    #[must_use]
+    pub fn toc_digest(&self) -> Digest {
+        self.toc_digest
+    }
+
+    /// How far the layer can be trusted now.
+    #[must_use]
+    pub fn state(&self) -> LayerState {
+        self.state.read().unwrap_or_else(PoisonError::into_inner).clone()
+    }
+
+    /// Whether a chunk is in the data file; a chunk that does not exist is not.
+    #[must_use]
+    pub fn has(&self, chunk: ChunkIx) -> bool {
+        self.presence.has(chunk)
+    }
+
+    /// The chunks of `range` that must be written before it can be read, ascending. Chunks that lie wholly in a hole of a
+    /// sparse file are never missing.
+    ///
+    /// # Errors
+    /// [`StoreError::Toc`] when the range leaves the layer, [`StoreError::Damaged`] when the TOC file was changed.
+    pub fn missing(&self, range: DataRange) -> Result<Vec<Chunk>, StoreError> {
+        let mut chunks = self.toc.chunks_in(range)?;
+        self.check_map()?;
+        chunks.retain(|chunk| !self.presence.has(chunk.ix));
+        Ok(chunks)
+    }
+
+    /// Reads `range` of the data address space into `out`. What is missing reads as zeros: the caller has seen
+    /// [`Layer::missing`] empty for `range`.
+    ///
+    /// # Errors
+    /// [`StoreError::Quarantined`], [`StoreError::OutOfRange`], [`StoreError::Damaged`] when the data file got shorter.
+    pub fn read(&self, range: DataRange, out: &mut [u8]) -> Result<(), StoreError> {
+        self.check_trusted()?;
+        if range.end > self.toc.data_size() || range.len() != out.len() as u64 {
+            return Err(StoreError::OutOfRange { range });
+        }
+        self.data.read_exact_at(out, range.start).map_err(|error| match error.kind() {
+            std::io::ErrorKind::UnexpectedEof => damaged("data file", &self.digest),
+            _ => StoreError::io("read", &self.data_path, error),
+        })
+    }
+
+    /// Puts the bytes of a chunk in its place; the caller has verified them. A chunk that is present is left alone. When
+    /// the layer was removed meanwhile, nothing happens.
+    ///
+    /// # Errors
+    /// [`StoreError::NoSpace`] when the disk is full, [`StoreError::OutOfRange`] when it is not a chunk of this layer or
+    /// the bytes do not fill it, [`StoreError::Quarantined`].
+    pub fn write(&self, chunk: Chunk, bytes: &[u8]) -> Result<(), StoreError> {
+        self.check_trusted()?;
+        if self.toc.chunk(chunk.ix)?.data != chunk.data || chunk.data.len() != bytes.len() as u64 {
+            return Err(StoreError::OutOfRange { range: chunk.data });
+        }
+        if self.removed.load(Ordering::Acquire) || self.presence.has(chunk.ix) {
+            return Ok(());
+        }
+        self.faults
+            .before(Step::WriteData, &self.data_path)
+            .and_then(|()| self.data.write_all_at(bytes, chunk.data.start))
+            .map_err(|e| StoreError::io("write", &self.data_path, e))?;
+        if self.presence.set(chunk.ix) {
+            self.bytes_present.fetch_add(chunk.data.len(), Ordering::Relaxed);
+        }
+        self.dirty.store(true, Ordering::Release);
+        Ok(())
+    }
+
+    /// Forces what was written to the disk, then the record of it: chunks that are present now are so after a restart.
+    /// Does nothing when nothing was written since the last time.
+    ///
+    /// # Errors
+    /// Those of the disk; the chunks then stay readable, and the next call tries again.
+    pub fn sync(&self) -> Result<(), StoreError> {
+        let _guard = self.persist.lock().unwrap_or_else(PoisonError::into_inner);
+        if self.removed.load(Ordering::Acquire) || !self.dirty.swap(false, Ordering::AcqRel) {
+            return Ok(());
+        }
+        let result = self.persist_presence();
+        if result.is_err() {
+            self.dirty.store(true, Ordering::Release);
+        }
+        result
+    }
+
+    fn persist_presence(&self) -> Result<(), StoreError> {
+        // Taken before the sync: a chunk that is written during it may be set but not on the disk.
+        let words = self.presence.snapshot();
+        self.sync_data()?;
+        let bytes = presence::encode(&words, self.toc.chunk_count(), &self.toc_digest);
+        durable::replace(&*self.faults, &self.dir.join("present"), &bytes)
+    }
+
+    fn sync_data(&self) -> Result<(), StoreError> {
+        self.faults
+            .before(Step::SyncData, &self.data_path)
+            .and_then(|()| self.data.sync_data())
+            .map_err(|e| StoreError::io("sync", &self.data_path, e))
+    }
+
+    /// Records that the layer is wholly local and proven. Syncs first.
+    ///
+    /// # Errors
+    /// [`StoreError::Incomplete`] while chunks are missing, [`StoreError::Quarantined`], those of the disk.
+    pub fn set_verified(&self) -> Result<(), StoreError> {
+        let _guard = self.persist.lock().unwrap_or_else(PoisonError::into_inner);
+        self.check_trusted()?;
+        if self.removed.load(Ordering::Acquire) {
+            return Err(StoreError::Unknown { object: self.digest.to_string() });
+        }
+        let missing = (0..self.toc.chunk_count()).filter(|ix| !self.presence.has(*ix)).count();
+        if missing > 0 {
+            let missing = u32::try_from(missing).unwrap_or(u32::MAX);
+            return Err(StoreError::Incomplete { layer: self.digest, missing });
+        }
+        self.sync_data()?;
+        self.change_state(LayerState::Verified)?;
+        self.dirty.store(false, Ordering::Release);
+        // Its work is done; left behind it would only take space.
+        let _ = durable::remove_file(&self.dir.join("present"));
+        Ok(())
+    }
+
+    /// Records that the layer was proven wrong: from now on it can neither be read nor written.
+    ///
+    /// # Errors
+    /// Those of the database; in memory the layer is quarantined in any case.
+    pub fn quarantine(&self, reason: &str) -> Result<(), StoreError> {
+        let _guard = self.persist.lock().unwrap_or_else(PoisonError::into_inner);
+        let state = LayerState::Quarantined { reason: reason.to_owned() };
+        *self.state.write().unwrap_or_else(PoisonError::into_inner) = state.clone();
+        if self.removed.load(Ordering::Acquire) {
+            return Ok(());
+        }
+        self.index.set_state(&self.digest, &state)
+    }
+
+    fn change_state(&self, state: LayerState) -> Result<(), StoreError> {
+        self.index.set_state(&self.digest, &state)?;
+        *self.state.write().unwrap_or_else(PoisonError::into_inner) = state;
+        Ok(())
+    }
+
+    /// Bytes of file content that can be read now, holes included.
+    #[must_use]
+    pub fn bytes_present(&self) -> u64 {
+        self.bytes_present.load(Ordering::Relaxed)
+    }
+
+    /// Bytes of file content the layer has; [`Layer::bytes_present`] when it is complete.
+    #[must_use]
+    pub fn bytes_total(&self) -> u64 {
+        self.bytes_total
+    }
+
+    /// Bytes on the disk once the layer is wholly local: data file and TOC.
+    #[must_use]
+    pub fn disk_size(&self) -> u64 {
+        self.toc.data_size().saturating_add(self.toc.as_bytes().len() as u64)
+    }
+
+    /// The data file, for whoever hands it to the kernel (passthrough, EROFS devices). Only [`Layer::write`] writes to it.
+    #[must_use]
+    pub fn data_file(&self) -> &File {
+        &self.data
+    }
+
+    /// From now on nothing of this layer reaches the disk. Waits for a sync that is under way.
+    pub(crate) fn mark_removed(&self) {
+        let _guard = self.persist.lock().unwrap_or_else(PoisonError::into_inner);
+        self.removed.store(true, Ordering::Release);
+    }
+
+    fn check_trusted(&self) -> Result<(), StoreError> {
+        if let LayerState::Quarantined { reason } = &*self.state.read().unwrap_or_else(PoisonError::into_inner) {
+            return Err(StoreError::Quarantined { layer: self.digest, reason: reason.clone() });
+        }
+        self.check_map()
+    }
+
+    /// A TOC file that got shorter reads as zeros where it is missing, which must not become a wrong answer.
+    fn check_map(&self) -> Result<(), StoreError> {
+        if self.toc_map.0.poisoned() { Err(damaged("TOC", &self.digest)) } else { Ok(()) }
+    }
+}
+
+fn damaged(what: &'static str, layer: &Digest) -> StoreError {
+    StoreError::Damaged { what, object: layer.to_string() }
+}
+
+/// Maps the TOC and compares it with the digest of the one that was checked and admitted.
+fn open_toc(path: &Path, layer: &Digest, expected: &Digest) -> Result<(Toc, SharedMap), StoreError> {
+    let map = File::open(path).and_then(|file| GuardedMap::new(&file)).map_err(|e| StoreError::io("map", path, e))?;
+    let map = SharedMap(Arc::new(map));
+    let toc = Toc::open(map.clone())?;
+    if toc.digest() != *expected || toc.blob_digest() != *layer || map.0.poisoned() {
+        return Err(damaged("TOC", layer));
+    }
+    Ok((toc, map))
+}
+
+/// Opens the data file at its full length. `false`: what was in it before cannot be trusted and is gone.
+fn open_data(path: &Path, layer: &Digest, size: u64, verified: bool) -> Result<(File, bool), StoreError> {
+    let data = if verified {
+        fs::OpenOptions::new().read(true).write(true).open(path)
+    } else {
+        durable::private_file().open(path)
+    };
+    let data = data.map_err(|e| StoreError::io("open", path, e))?;
+    let found = data.metadata().map_err(|e| StoreError::io("inspect", path, e))?.len();
+    if found == size {
+        return Ok((data, true));
+    }
+    if verified {
+        return Err(damaged("data file", layer));
+    }
+    if found != 0 {
+        tracing::warn!(layer = %layer, found, expected = size, "data file has the wrong length; the layer starts empty");
+    }
+    data.set_len(0).and_then(|()| data.set_len(size)).map_err(|e| StoreError::io("resize", path, e))?;
+    Ok((data, false))
+}
+
+fn all(chunks: u32) -> Presence {
+    let presence = Presence::empty(chunks);
+    for ix in 0..chunks {
+        presence.set(ix);
+    }
+    presence
+}
+
+/// What the presence file proves, which is nothing if it is damaged or the data it speaks of is gone.
+fn load_presence(dir: &Path, toc: &Toc, record: &LayerRecord, data_kept: bool) -> Presence {
+    let path = dir.join("present");
+    match fs::read(&path) {
+        Ok(_) if !data_kept => {}
+        Ok(bytes) => match presence::decode(&bytes, toc.chunk_count(), &record.toc) {
+            Some(words) => return Presence::from_words(words),
+            None => tracing::warn!(path = %path.display(), "presence file is damaged; the layer starts empty"),
+        },
+        Err(error) if error.kind() == std::io::ErrorKind::NotFound => {}
+        Err(error) => {
+            tracing::warn!(path = %path.display(), %error, "presence file cannot be read; the layer starts empty")
+        }
+    }
+    Presence::empty(toc.chunk_count())
+}
+
+/// Marks chunks that lie wholly in holes, which no source ever gives. Returns the bytes of file content that are present, and
+/// those that there are.
+fn measure(toc: &Toc, presence: &Presence) -> Result<(u64, u64), StoreError> {
+    let (mut present, mut total) = (0u64, 0u64);
+    for ix in 0..toc.content_count() {
+        let content = toc.content(ix)?;
+        let sparse = content.first_extent.get() != NONE;
+        let mut left = content.size.get();
+        total = total.saturating_add(left);
+        let mut chunk = content.first_chunk.get();
+        while left > 0 {
+            if sparse && toc.is_hole(chunk)? {
+                presence.set(chunk);
+            }
+            let len = left.min(CHUNK_SIZE);
+            if presence.has(chunk) {
+                present = present.saturating_add(len);
+            }
+            left -= len;
+            chunk = chunk.saturating_add(1);
+        }
+    }
+    Ok((present, total))
+}

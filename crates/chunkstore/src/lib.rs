@@ -1,0 +1,16 @@
+#![doc = include_str!("../README.md")]
+
+mod durable;
+mod error;
+mod index;
+mod layer;
+mod presence;
+mod store;
+mod views;
+
+pub use durable::{Faults, NoFaults, Step};
+pub use error::StoreError;
+pub use index::{MAX_NUMBER, ViewKey, ViewSlot};
+pub use layer::{Layer, LayerState};
+pub use store::{Store, StoreOptions};
+pub use views::ViewBytes;

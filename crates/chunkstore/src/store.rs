@@ -1,0 +1,323 @@
+//! All layers of a node, found again after a restart.
+
+use std::collections::{BTreeMap, HashMap};
+use std::fs;
+use std::path::{Path, PathBuf};
+use std::sync::mpsc::{self, RecvTimeoutError};
+use std::sync::{Arc, Mutex, PoisonError, RwLock, RwLockReadGuard, RwLockWriteGuard};
+use std::thread::JoinHandle;
+use std::time::Duration;
+
+use millstream_oci::Digest;
+use millstream_toc::Toc;
+use redb::Database;
+
+use crate::durable::{self, Faults, NoFaults};
+use crate::index::{Index, LayerRecord};
+use crate::{Layer, LayerState, StoreError};
+
+/// How a store behaves.
+#[derive(Debug, Clone)]
+pub struct StoreOptions {
+    /// Layers that were written to are synced this often by a thread of the store. Zero: only by [`Layer::sync`] and
+    /// [`Store::sync_all`].
+    pub sync_interval: Duration,
+    /// Lets tests make the disk fail.
+    pub faults: Arc<dyn Faults>,
+}
+
+impl Default for StoreOptions {
+    fn default() -> Self {
+        Self { sync_interval: Duration::from_secs(5), faults: Arc::new(NoFaults) }
+    }
+}
+
+/// The local store of one node. One process has it open, as redb sees to.
+#[derive(Debug)]
+pub struct Store {
+    root: PathBuf,
+    pub(crate) index: Arc<Index>,
+    pub(crate) faults: Arc<dyn Faults>,
+    layers: Arc<Layers>,
+    /// Held by [`Store::admit`] and [`Store::remove`]: they change the same directories.
+    admission: Mutex<()>,
+    _sync: Option<SyncThread>,
+}
+
+#[derive(Debug, Default)]
+struct Layers(RwLock<Tables>);
+
+#[derive(Debug, Default)]
+struct Tables {
+    by_digest: BTreeMap<Digest, Arc<Layer>>,
+    by_number: HashMap<u32, Arc<Layer>>,
+    damaged: BTreeMap<Digest, String>,
+}
+
+impl Layers {
+    fn read(&self) -> RwLockReadGuard<'_, Tables> {
+        self.0.read().unwrap_or_else(PoisonError::into_inner)
+    }
+
+    fn write(&self) -> RwLockWriteGuard<'_, Tables> {
+        self.0.write().unwrap_or_else(PoisonError::into_inner)
+    }
+
+    fn all(&self) -> Vec<Arc<Layer>> {
+        self.read().by_digest.values().cloned().collect()
+    }
+}
+
+impl Tables {
+    fn insert(&mut self, layer: &Arc<Layer>) {
+        self.damaged.remove(&layer.digest());
+        self.by_digest.insert(layer.digest(), layer.clone());
+        self.by_number.insert(layer.number(), layer.clone());
+    }
+
+    fn remove(&mut self, digest: &Digest) -> Option<Arc<Layer>> {
+        self.damaged.remove(digest);
+        let layer = self.by_digest.remove(digest)?;
+        self.by_number.remove(&layer.number());
+        Some(layer)
+    }
+}
+
+impl Store {
+    /// Opens the store below `root`, which is created if it is not there, and removes what interrupted work left behind.
+    /// Layers that cannot be opened are listed by [`Store::damaged`].
+    ///
+    /// # Errors
+    /// When the root directory or the database cannot be used at all.
+    pub fn open(root: &Path, db: Arc<Database>, options: StoreOptions) -> Result<Self, StoreError> {
+        for dir in [root.to_owned(), root.join("layers"), root.join("views")] {
+            durable::make_dir(&dir)?;
+        }
+        let index = Arc::new(Index::open(db, options.faults.clone())?);
+        let layers = Arc::new(Layers::default());
+        let sync = SyncThread::start(&layers, options.sync_interval)?;
+        let store = Self {
+            root: root.to_owned(),
+            index,
+            faults: options.faults,
+            layers,
+            admission: Mutex::new(()),
+            _sync: sync,
+        };
+        store.load()?;
+        store.sweep()?;
+        store.sweep_views()?;
+        Ok(store)
+    }
+
+    fn load(&self) -> Result<(), StoreError> {
+        for (digest, record) in self.index.layers()? {
+            let opened = record.and_then(|record| self.open_layer(digest, record));
+            let mut tables = self.layers.write();
+            match opened {
+                Ok(layer) => tables.insert(&layer),
+                Err(error) => {
+                    tracing::error!(layer = %digest, %error, "layer is damaged");
+                    tables.damaged.insert(digest, error.to_string());
+                }
+            }
+        }
+        Ok(())
+    }
+
+    fn open_layer(&self, digest: Digest, record: LayerRecord) -> Result<Arc<Layer>, StoreError> {
+        let dir = self.layer_dir(&digest);
+        Layer::open(&dir, digest, record, self.index.clone(), self.faults.clone()).map(Arc::new)
+    }
+
+    /// Removes directories that no record names and temporary files.
+    fn sweep(&self) -> Result<(), StoreError> {
+        let known: Vec<String> = {
+            let tables = self.layers.read();
+            tables.by_digest.keys().chain(tables.damaged.keys()).map(Digest::hex).collect()
+        };
+        let dir = self.root.join("layers");
+        for entry in fs::read_dir(&dir).map_err(|e| StoreError::io("list", &dir, e))? {
+            let entry = entry.map_err(|e| StoreError::io("list", &dir, e))?;
+            let name = entry.file_name();
+            if !known.iter().any(|hex| name.to_str() == Some(hex)) {
+                tracing::info!(path = %entry.path().display(), "removing what an interrupted admission left behind");
+                discard(&entry.path());
+                continue;
+            }
+            for file in ["toc.tmp", "present.tmp"] {
+                if let Err(error) = durable::remove_file(&entry.path().join(file)) {
+                    tracing::warn!(%error, "temporary file stays");
+                }
+            }
+        }
+        Ok(())
+    }
+
+    pub(crate) fn views_dir(&self) -> PathBuf {
+        self.root.join("views")
+    }
+
+    fn layer_dir(&self, digest: &Digest) -> PathBuf {
+        self.root.join("layers").join(digest.hex())
+    }
+
+    /// Takes a layer in by its canonical TOC, which is checked here; the layer is the one whose blob digest the TOC names.
+    /// A layer that is there already is given back as it is.
+    ///
+    /// # Errors
+    /// [`StoreError::Toc`] when the bytes are no sound TOC, [`StoreError::DifferentToc`] when the layer is there with another
+    /// one and not verified, [`StoreError::Quarantined`] until the layer is removed, those of disk and database.
+    pub fn admit(&self, toc: &[u8]) -> Result<Arc<Layer>, StoreError> {
+        let parsed = Toc::open(toc.to_vec())?;
+        parsed.check()?;
+        let (digest, toc_digest) = (parsed.blob_digest(), parsed.digest());
+        drop(parsed);
+        let _guard = self.admission.lock().unwrap_or_else(PoisonError::into_inner);
+        if let Some(layer) = self.layer(&digest) {
+            return match layer.state() {
+                LayerState::Quarantined { reason } => Err(StoreError::Quarantined { layer: digest, reason }),
+                LayerState::Verified => Ok(layer),
+                LayerState::Lazy if layer.toc_digest() == toc_digest => Ok(layer),
+                LayerState::Lazy => Err(StoreError::DifferentToc { layer: digest }),
+            };
+        }
+        let layer = self.create(digest, toc, toc_digest)?;
+        self.layers.write().insert(&layer);
+        Ok(layer)
+    }
+
+    /// Writes the files of a layer that is new or damaged. The record is committed last, so that it never names files
+    /// that a crash took away.
+    fn create(&self, digest: Digest, toc: &[u8], toc_digest: Digest) -> Result<Arc<Layer>, StoreError> {
+        // A damaged layer keeps its number only with the same TOC: node ids of running containers point into it.
+        let known = match self.index.layer(&digest) {
+            Ok(record) => record.filter(|record| record.toc == toc_digest),
+            Err(StoreError::Record(_)) => None,
+            Err(error) => return Err(error),
+        };
+        if let Some(LayerRecord { state: LayerState::Quarantined { reason }, .. }) = known {
+            return Err(StoreError::Quarantined { layer: digest, reason });
+        }
+        let dir = self.layer_dir(&digest);
+        if known.is_none() {
+            durable::remove_tree(&dir)?;
+        }
+        durable::make_dir(&dir)?;
+        durable::replace(&*self.faults, &dir.join("toc"), toc)?;
+        durable::sync_dir(&*self.faults, &self.root.join("layers"))?;
+        let Some(record) = known else {
+            let record = self.index.put_layer(&digest, toc_digest, None)?;
+            return self.open_layer(digest, record);
+        };
+        let number = record.number;
+        self.open_layer(digest, record).or_else(|error| {
+            // The TOC is good now; what is left to be wrong is the data of a verified layer. Begin again without it.
+            tracing::warn!(layer = %digest, %error, "damaged layer starts empty");
+            durable::remove_file(&dir.join("data"))?;
+            durable::remove_file(&dir.join("present"))?;
+            let record = self.index.put_layer(&digest, toc_digest, Some(number))?;
+            self.open_layer(digest, record)
+        })
+    }
+
+    /// The layer of a blob.
+    #[must_use]
+    pub fn layer(&self, digest: &Digest) -> Option<Arc<Layer>> {
+        self.layers.read().by_digest.get(digest).cloned()
+    }
+
+    /// The layer of a number in a node id.
+    #[must_use]
+    pub fn layer_by_number(&self, number: u32) -> Option<Arc<Layer>> {
+        self.layers.read().by_number.get(&number).cloned()
+    }
+
+    /// All layers that can be used, by digest.
+    #[must_use]
+    pub fn layers(&self) -> Vec<Arc<Layer>> {
+        self.layers.all()
+    }
+
+    /// Layers that could not be opened, and why.
+    #[must_use]
+    pub fn damaged(&self) -> Vec<(Digest, String)> {
+        self.layers.read().damaged.iter().map(|(digest, reason)| (*digest, reason.clone())).collect()
+    }
+
+    /// Removes a layer and its number. Its names are gone at once; handles that are still held can go on reading, what
+    /// they write goes nowhere, and the space is free when the last of them is dropped.
+    ///
+    /// # Errors
+    /// Those of database and disk; files that could not be removed now are removed at the next start.
+    pub fn remove(&self, digest: &Digest) -> Result<(), StoreError> {
+        let _guard = self.admission.lock().unwrap_or_else(PoisonError::into_inner);
+        // First the record: a directory without one is rubbish, a record without a directory would be damage.
+        self.index.forget_layer(digest)?;
+        if let Some(layer) = self.layers.write().remove(digest) {
+            layer.mark_removed();
+        }
+        durable::remove_tree(&self.layer_dir(digest))
+    }
+
+    /// Syncs every layer that was written to, as before an orderly end.
+    ///
+    /// # Errors
+    /// The first failure; the other layers are synced all the same.
+    pub fn sync_all(&self) -> Result<(), StoreError> {
+        let mut result = Ok(());
+        for layer in self.layers() {
+            result = result.and(layer.sync());
+        }
+        result
+    }
+}
+
+/// Removes a directory or file that nothing refers to; at the next start it is tried again.
+fn discard(path: &Path) {
+    let removed = if path.is_dir() { durable::remove_tree(path) } else { durable::remove_file(path) };
+    if let Err(error) = removed {
+        tracing::warn!(%error, "rubbish stays in the store");
+    }
+}
+
+/// Syncs dirty layers now and then, until it is dropped.
+#[derive(Debug)]
+struct SyncThread {
+    stop: Option<mpsc::Sender<()>>,
+    thread: Option<JoinHandle<()>>,
+}
+
+impl SyncThread {
+    fn start(layers: &Arc<Layers>, interval: Duration) -> Result<Option<Self>, StoreError> {
+        if interval.is_zero() {
+            return Ok(None);
+        }
+        let (stop, stopped) = mpsc::channel::<()>();
+        let layers = layers.clone();
+        let run = move || {
+            while stopped.recv_timeout(interval) == Err(RecvTimeoutError::Timeout) {
+                for layer in layers.all() {
+                    if let Err(error) = layer.sync() {
+                        tracing::warn!(layer = %layer.digest(), %error, "layer could not be synced");
+                    }
+                }
+            }
+        };
+        let thread = std::thread::Builder::new()
+            .name("store-sync".to_owned())
+            .spawn(run)
+            .map_err(|e| StoreError::io("start a thread for", Path::new("the store"), e))?;
+        Ok(Some(Self { stop: Some(stop), thread: Some(thread) }))
+    }
+}
+
+impl Drop for SyncThread {
+    fn drop(&mut self) {
+        drop(self.stop.take());
+        if let Some(thread) = self.thread.take() {
+            // A panic there was printed when it happened.
+            let _ = thread.join();
+        }
+    }
+}

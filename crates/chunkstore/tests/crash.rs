@@ -1,0 +1,191 @@
+//! Power cuts between any two steps, and files that were damaged while nobody looked.
+#![allow(missing_docs, clippy::unwrap_used, clippy::expect_used, clippy::cast_possible_truncation)]
+
+mod fixture;
+
+use std::fs;
+
+use fixture::{Place, bytes_of, chunks, fill, read, toc};
+use millstream_chunkstore::{LayerState, Step};
+use millstream_oci::Digest;
+
+const CRASH: i32 = 5;
+const STEPS: [Step; 5] = [Step::SyncData, Step::WriteTemporary, Step::Rename, Step::SyncDirectory, Step::Commit];
+
+#[test]
+fn a_crash_during_admission_leaves_nothing_or_a_whole_layer() {
+    for step in STEPS {
+        let place = Place::new();
+        {
+            let store = place.open();
+            place.faults.fail(step, CRASH);
+            let admitted = store.admit(&toc(1));
+            assert_eq!(admitted.is_err(), step != Step::SyncData, "{step:?}");
+        }
+        place.faults.heal();
+        let store = place.open();
+        assert_eq!(store.damaged(), [], "{step:?}");
+        let left = fs::read_dir(place.root().join("layers")).unwrap().count();
+        assert_eq!(left, store.layers().len(), "{step:?}");
+        let layer = store.admit(&toc(1)).unwrap();
+        fill(&layer);
+        layer.set_verified().unwrap();
+    }
+}
+
+#[test]
+fn a_crash_during_sync_never_makes_unsynced_chunks_present() {
+    for step in STEPS {
+        let place = Place::new();
+        let digest = {
+            let store = place.open();
+            let layer = store.admit(&toc(1)).unwrap();
+            let all = chunks(layer.toc());
+            layer.write(all[0], &bytes_of(all[0])).unwrap();
+            layer.sync().unwrap();
+            layer.write(all[1], &bytes_of(all[1])).unwrap();
+            place.faults.fail(step, CRASH);
+            assert_eq!(layer.sync().is_err(), step != Step::Commit, "{step:?}");
+            layer.digest()
+        };
+        place.faults.heal();
+        let store = place.open();
+        let layer = store.layer(&digest).unwrap();
+        let all = chunks(layer.toc());
+        assert!(layer.has(all[0].ix), "{step:?}");
+        // The rename itself may have reached the disk or not; before it the old version counts.
+        let renamed = matches!(step, Step::SyncDirectory | Step::Commit);
+        assert_eq!(layer.has(all[1].ix), renamed, "{step:?}");
+        assert!(!place.file(&digest, "present.tmp").exists(), "{step:?}");
+    }
+}
+
+#[test]
+fn a_failed_sync_is_tried_again() {
+    let place = Place::new();
+    let digest = {
+        let store = place.open();
+        let layer = store.admit(&toc(1)).unwrap();
+        fill(&layer);
+        place.faults.fail(Step::Rename, CRASH);
+        layer.sync().unwrap_err();
+        place.faults.heal();
+        layer.sync().unwrap();
+        layer.digest()
+    };
+    assert!(place.open().layer(&digest).unwrap().has(0));
+}
+
+#[test]
+fn a_crash_between_sync_and_state_keeps_the_chunks() {
+    let place = Place::new();
+    let digest = {
+        let store = place.open();
+        let layer = store.admit(&toc(1)).unwrap();
+        fill(&layer);
+        layer.sync().unwrap();
+        place.faults.fail(Step::Commit, CRASH);
+        layer.set_verified().unwrap_err();
+        assert_eq!(layer.state(), LayerState::Lazy);
+        layer.digest()
+    };
+    place.faults.heal();
+    let layer = place.open().layer(&digest).unwrap();
+    assert_eq!((layer.state(), layer.bytes_present()), (LayerState::Lazy, layer.bytes_total()));
+}
+
+/// Two layers with all chunks synced, the first one verified if asked for; the second one must never notice anything.
+fn two_layers(verified: bool) -> (Place, Digest, Digest) {
+    let place = Place::new();
+    let store = place.open();
+    let (one, two) = (store.admit(&toc(1)).unwrap(), store.admit(&toc(2)).unwrap());
+    for layer in [&one, &two] {
+        fill(layer);
+        layer.sync().unwrap();
+    }
+    if verified {
+        one.set_verified().unwrap();
+    }
+    let digests = (one.digest(), two.digest());
+    drop((one, two, store));
+    (place, digests.0, digests.1)
+}
+
+#[test]
+fn a_damaged_toc_harms_its_layer_only_until_it_is_admitted_again() {
+    for verified in [false, true] {
+        for damage in 0..4 {
+            let (place, one, two) = two_layers(verified);
+            let path = place.file(&one, "toc");
+            let mut bytes = fs::read(&path).unwrap();
+            match damage {
+                0 => fs::remove_file(&path).unwrap(),
+                1 => fs::write(&path, b"").unwrap(),
+                2 => fs::write(&path, &bytes[..bytes.len() - 1]).unwrap(),
+                _ => {
+                    let last = bytes.len() - 1;
+                    bytes[last] ^= 1;
+                    fs::write(&path, &bytes).unwrap();
+                }
+            }
+            let store = place.open();
+            assert_eq!(store.damaged().iter().map(|(digest, _)| *digest).collect::<Vec<_>>(), [one]);
+            assert!(store.layer(&one).is_none());
+            assert_eq!(store.layer(&two).unwrap().bytes_present(), 90_000);
+            let layer = store.admit(&toc(1)).unwrap();
+            assert_eq!(store.damaged(), []);
+            assert_eq!((layer.number(), layer.bytes_present()), (1, 90_000));
+            assert_eq!(layer.state() == LayerState::Verified, verified);
+            let chunk = chunks(layer.toc())[3];
+            assert_eq!(read(&layer, chunk), bytes_of(chunk));
+        }
+    }
+}
+
+#[test]
+fn a_damaged_presence_file_means_nothing_is_present() {
+    for damage in 0..3 {
+        let (place, one, two) = two_layers(false);
+        let path = place.file(&one, "present");
+        let mut bytes = fs::read(&path).unwrap();
+        match damage {
+            0 => fs::remove_file(&path).unwrap(),
+            1 => fs::write(&path, &bytes[..20]).unwrap(),
+            _ => {
+                bytes[44] ^= 1;
+                fs::write(&path, &bytes).unwrap();
+            }
+        }
+        let store = place.open();
+        assert_eq!(store.damaged(), []);
+        assert_eq!(store.layer(&one).unwrap().bytes_present(), 0);
+        assert_eq!(store.layer(&two).unwrap().bytes_present(), 90_000);
+    }
+}
+
+#[test]
+fn a_short_data_file_empties_a_lazy_layer_and_damages_a_verified_one() {
+    for verified in [false, true] {
+        let (place, one, two) = two_layers(verified);
+        fs::File::options().write(true).open(place.file(&one, "data")).unwrap().set_len(5000).unwrap();
+        let store = place.open();
+        assert_eq!(store.damaged().len(), usize::from(verified));
+        let layer = store.admit(&toc(1)).unwrap();
+        assert_eq!((layer.number(), layer.state(), layer.bytes_present()), (1, LayerState::Lazy, 0));
+        fill(&layer);
+        layer.set_verified().unwrap();
+        assert_eq!(store.layer(&two).unwrap().bytes_present(), 90_000);
+    }
+}
+
+#[test]
+fn a_file_that_shrinks_under_a_running_store_is_an_error_not_a_wrong_answer() {
+    let (place, one, _) = two_layers(false);
+    let store = place.open();
+    let layer = store.layer(&one).unwrap();
+    let chunk = *chunks(layer.toc()).last().unwrap();
+    fs::File::options().write(true).open(place.file(&one, "data")).unwrap().set_len(5000).unwrap();
+    assert!(layer.read(chunk.data, &mut vec![0; chunk.data.len() as usize]).is_err());
+    fs::File::options().write(true).open(place.file(&one, "toc")).unwrap().set_len(0).unwrap();
+    assert!(layer.missing(chunk.data).is_err());
+}

@@ -1,0 +1,175 @@
+//! What the commands print.
+
+use std::fmt::Write;
+
+use indicatif::HumanBytes;
+use millstream_wire::millstream::v1 as wire;
+use serde_json::{Value, json};
+
+use crate::Output;
+
+fn document(value: &Value) -> anyhow::Result<String> {
+    Ok(serde_json::to_string_pretty(value)? + "\n")
+}
+
+/// Result of `millstream status`.
+pub(crate) fn status(status: &wire::StatusResponse, output: Output) -> anyhow::Result<String> {
+    let transfer = status.transfer.unwrap_or_default();
+    if output == Output::Json {
+        let layers: Vec<Value> = status.layers.iter().map(layer_json).collect();
+        return document(&json!({
+            "version": status.version,
+            "streaming": status.streaming_enabled,
+            "hydration": status.hydration_enabled,
+            "layers": layers,
+            "transfer": {
+                "demand_bytes": transfer.demand_bytes,
+                "hydrate_bytes": transfer.hydrate_bytes,
+                "metadata_bytes": transfer.metadata_bytes,
+                "requests": transfer.requests,
+            },
+        }));
+    }
+    let mut text = String::new();
+    let word = |enabled| if enabled { "on" } else { "off" };
+    writeln!(text, "streaming of new images: {}", word(status.streaming_enabled))?;
+    writeln!(text, "background downloads:    {}", word(status.hydration_enabled))?;
+    writeln!(
+        text,
+        "transferred:             {} on demand, {} in the background, {} of tables, {} requests\n",
+        HumanBytes(transfer.demand_bytes),
+        HumanBytes(transfer.hydrate_bytes),
+        HumanBytes(transfer.metadata_bytes),
+        transfer.requests
+    )?;
+    if status.layers.is_empty() {
+        writeln!(text, "no lazy layers on this node")?;
+        return Ok(text);
+    }
+    writeln!(text, "{:<19}  {:<11}  {:>5}  {:>10}  IMAGES", "LAYER", "STATE", "LOCAL", "SIZE")?;
+    for layer in &status.layers {
+        let percent = (layer.bytes_present * 100).checked_div(layer.bytes_total).unwrap_or(100);
+        let short: String = layer.layer.chars().take(19).collect();
+        let (size, images) = (HumanBytes(layer.bytes_total).to_string(), layer.images.join(", "));
+        writeln!(text, "{short}  {:<11}  {percent:>4}%  {size:>10}  {images}", state(layer))?;
+        if !layer.reason.is_empty() {
+            writeln!(text, "    {}", layer.reason)?;
+        }
+    }
+    Ok(text)
+}
+
+fn state(layer: &wire::LayerStatus) -> &'static str {
+    match layer.state() {
+        wire::layer_status::State::Unknown => "damaged",
+        wire::layer_status::State::Lazy => "lazy",
+        wire::layer_status::State::Verified => "verified",
+        wire::layer_status::State::Quarantined => "quarantined",
+    }
+}
+
+fn layer_json(layer: &wire::LayerStatus) -> Value {
+    json!({
+        "layer": layer.layer,
+        "state": state(layer),
+        "bytes_total": layer.bytes_total,
+        "bytes_present": layer.bytes_present,
+        "images": layer.images,
+        "reason": layer.reason,
+    })
+}
+
+/// Result of `millstream explain`.
+pub(crate) fn decisions(image: &str, decisions: &[wire::Decision], output: Output) -> anyhow::Result<String> {
+    if output == Output::Json {
+        let decisions: Vec<Value> = decisions
+            .iter()
+            .map(|decision| {
+                json!({
+                    "image": decision.image,
+                    "manifest_digest": decision.manifest_digest,
+                    "outcome": outcome(decision),
+                    "code": decision.code,
+                    "reason": decision.reason,
+                    "decided_at": decision.decided_at,
+                })
+            })
+            .collect();
+        return document(&json!({ "image": image, "decisions": decisions }));
+    }
+    let Some(latest) = decisions.first() else {
+        return Ok(format!(
+            "{image}: nothing was decided about it on this node.\n\
+             Was it pulled with this snapshotter, since its last removal? Is it written as it was given to the client?\n"
+        ));
+    };
+    let mut text = match latest.outcome() {
+        wire::decision::Outcome::Lazy => format!("{image} is streamed.\n"),
+        wire::decision::Outcome::Local => format!("{image} is already on this node, every byte of it.\n"),
+        wire::decision::Outcome::Deferred => format!("{image} was pulled the ordinary way.\n"),
+        wire::decision::Outcome::Failed | wire::decision::Outcome::Unknown => {
+            format!("{image} was pulled the ordinary way because something of Millstream failed.\n")
+        }
+    };
+    if !latest.code.is_empty() {
+        writeln!(text, "  {}: {}", latest.code, latest.reason)?;
+    }
+    for earlier in decisions.iter().skip(1).take(4) {
+        writeln!(text, "  earlier: {} {} {}", outcome(earlier), earlier.code, earlier.reason)?;
+    }
+    Ok(text)
+}
+
+fn outcome(decision: &wire::Decision) -> &'static str {
+    match decision.outcome() {
+        wire::decision::Outcome::Unknown => "unknown",
+        wire::decision::Outcome::Lazy => "lazy",
+        wire::decision::Outcome::Local => "local",
+        wire::decision::Outcome::Deferred => "deferred",
+        wire::decision::Outcome::Failed => "failed",
+    }
+}
+
+/// Result of `millstream import`.
+pub(crate) fn imported(image: &str, size: &str, done: &wire::ImportDone, output: Output) -> anyhow::Result<String> {
+    if output == Output::Json {
+        let ineligible: Vec<Value> =
+            done.ineligible.iter().map(|layer| json!({ "layer": layer.layer, "reason": layer.reason })).collect();
+        return document(&json!({
+            "image": image,
+            "manifest_digest": done.manifest_digest,
+            "ineligible": ineligible,
+        }));
+    }
+    let mut text = format!("{image} is imported: {size}, manifest {}\n", done.manifest_digest);
+    for layer in &done.ineligible {
+        writeln!(text, "  layer {} cannot be streamed: {}", layer.layer, layer.reason)?;
+    }
+    Ok(text)
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    fn decision(outcome: wire::decision::Outcome, code: &str) -> wire::Decision {
+        wire::Decision { outcome: outcome.into(), code: code.into(), reason: "why".into(), ..wire::Decision::default() }
+    }
+
+    #[test]
+    fn explain_says_what_happened_and_why() {
+        let deferred = [decision(wire::decision::Outcome::Deferred, "server.not-imported")];
+        let text = decisions("app", &deferred, Output::Text).unwrap();
+        assert_eq!(text, "app was pulled the ordinary way.\n  server.not-imported: why\n");
+        assert!(decisions("app", &[], Output::Text).unwrap().contains("nothing was decided"));
+        let json: Value = serde_json::from_str(&decisions("app", &deferred, Output::Json).unwrap()).unwrap();
+        assert_eq!(json["decisions"][0]["code"], "server.not-imported");
+    }
+
+    #[test]
+    fn status_counts_an_empty_layer_as_local() {
+        let layer = wire::LayerStatus { layer: "sha256:00".into(), ..wire::LayerStatus::default() };
+        let answer = wire::StatusResponse { layers: vec![layer], ..wire::StatusResponse::default() };
+        assert!(status(&answer, Output::Text).unwrap().contains("100%"));
+    }
+}

@@ -1,0 +1,8 @@
+#![doc = include_str!("../README.md")]
+
+pub mod adapter;
+pub mod errno;
+pub mod session;
+
+pub use adapter::{Adapter, Content, ContentError};
+pub use session::{Connection, Session};

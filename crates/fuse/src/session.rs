@@ -1,0 +1,91 @@
+//! Serving a FUSE connection that another process opened and mounted, and that may have been served before.
+
+use std::io;
+use std::os::fd::{AsFd, OwnedFd};
+use std::thread::JoinHandle;
+
+use fuser::{Config, Filesystem, SessionACL};
+use millstream_sys::fuse_device;
+use tracing::{info, warn};
+
+/// Threads that take requests from the kernel. More did not help on two cores; reads that wait do not hold a thread.
+const THREADS: usize = 4;
+/// Bytes of the longest answer to INIT (`struct fuse_out_header` and `struct fuse_init_out`: 80 today).
+const MAX_INIT_ANSWER: usize = 4096;
+
+/// A connection as the process that owns it hands it on.
+#[derive(Debug)]
+pub struct Connection {
+    /// The device; its owner keeps a descriptor of its own.
+    pub device: OwnedFd,
+    /// The INIT request of the kernel, header included.
+    pub init: Vec<u8>,
+    /// What the first server answered to it; `None` if this is the first one.
+    pub answer: Option<Vec<u8>>,
+}
+
+/// A connection that is being served.
+#[derive(Debug)]
+pub struct Session {
+    /// The answer to INIT, to be kept for the next server.
+    pub answer: Vec<u8>,
+    thread: JoinHandle<io::Result<()>>,
+}
+
+impl Session {
+    /// Serves `connection` with `fs` on threads of its own until it is unmounted or the process ends.
+    ///
+    /// The first server answers the kernel's INIT. A later one is told the same INIT, answers nobody, and asks the kernel to
+    /// send again what its predecessor left unanswered.
+    ///
+    /// # Errors
+    /// When the handshake fails or the device is gone.
+    pub fn start<F: Filesystem>(fs: F, connection: Connection) -> io::Result<Self> {
+        let (for_fuser, ours) = fuse_device::message_pair()?;
+        fuse_device::write_message(ours.as_fd(), &connection.init)?;
+        let mut config = Config::default();
+        config.acl = SessionACL::All;
+        config.n_threads = Some(THREADS);
+        config.clone_fd = false;
+        let session = fuser::Session::from_fd(fs, for_fuser, SessionACL::All, config)?;
+        let answer = read_answer(&ours)?;
+        fuse_device::replace(session.as_fd(), connection.device.as_fd())?;
+        match &connection.answer {
+            None => fuse_device::write_message(connection.device.as_fd(), &answer)?,
+            Some(first) => {
+                if *first != answer {
+                    // The kernel goes by the first answer; what differs was not asked of it.
+                    warn!(
+                        "this version would negotiate the FUSE connection differently; features change at the next mount"
+                    );
+                }
+                if let Err(error) = fuse_device::resend(&connection.device) {
+                    warn!(%error, "the kernel cannot resend requests (6.9 and newer can); those in flight stay unanswered");
+                }
+                info!("took over the FUSE connection");
+            }
+        }
+        let answer = connection.answer.unwrap_or(answer);
+        let thread = std::thread::Builder::new().name("fuse".into()).spawn(move || session.run())?;
+        Ok(Self { answer, thread })
+    }
+
+    /// Waits until the connection ends: it was unmounted or aborted.
+    ///
+    /// # Errors
+    /// What ended it, if it was not an orderly unmount.
+    pub fn wait(self) -> io::Result<()> {
+        self.thread.join().map_err(|_| io::Error::other("a FUSE thread panicked"))?
+    }
+}
+
+fn read_answer(socket: &OwnedFd) -> io::Result<Vec<u8>> {
+    let mut buffer = vec![0; MAX_INIT_ANSWER];
+    let mut file = std::fs::File::from(socket.try_clone()?);
+    let len = io::Read::read(&mut file, &mut buffer)?;
+    buffer.truncate(len);
+    if len < 16 {
+        return Err(io::Error::new(io::ErrorKind::InvalidData, "no answer to INIT"));
+    }
+    Ok(buffer)
+}

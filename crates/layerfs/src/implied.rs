@@ -1,0 +1,228 @@
+//! From where a directory that its layer only implies takes its attributes.
+//!
+//! When containerd must create a parent directory that the archive does not describe, it looks for the same path in each
+//! lower layer's directory by itself, from the top one down, follows symbolic links inside of that layer, and copies from
+//! the first thing it finds if that is a directory. So opaque marks do not count here, whiteouts do, and a link in a lower
+//! layer leads to the directory it names. (Where a parent of the path is a whiteout or a file in the layer that is looked
+//! at, containerd fails to apply the layer; here that counts as found and not a directory.)
+
+use std::rc::Rc;
+
+use millstream_toc::format::{InodeIx, Kind};
+use millstream_toc::{FormatError, Toc};
+
+use crate::below::{Below, BelowEntry, DirectoryAttributes};
+use crate::view::ViewLayer;
+use crate::view_format::ViewError;
+
+/// Symbolic links that may be followed on one path; containerd's limit.
+const MAX_LINKS: u32 = 255;
+/// Names that may be looked up for links while one view is built. An honest image needs a few thousand.
+const MAX_STEPS: u32 = 1 << 24;
+
+/// Path without links, from the root of a layer on.
+type Path<'a> = Vec<&'a [u8]>;
+
+/// What one layer has at the path of a directory of the view.
+#[derive(Debug, Clone)]
+pub(crate) struct Seen<'a> {
+    /// Position of the layer.
+    pub(crate) layer: u16,
+    at: At<'a>,
+}
+
+#[derive(Debug, Clone)]
+enum At<'a> {
+    Directory {
+        inode: InodeIx,
+        /// Where it really is, if a link led to it.
+        moved: Option<Rc<Path<'a>>>,
+    },
+    /// A whiteout, a file, or a dead end of links.
+    Other,
+}
+
+/// Whose attributes a directory has.
+pub(crate) enum Owner {
+    /// An inode of the layer at this position.
+    Inode(u16, InodeIx),
+    /// Something outside of the run.
+    Foreign(DirectoryAttributes),
+}
+
+/// Looks into the layers one by one.
+pub(crate) struct Inheritance<'a> {
+    layers: &'a [ViewLayer],
+    below: Option<&'a dyn Below>,
+    steps: u32,
+}
+
+impl<'a> Inheritance<'a> {
+    pub(crate) const fn new(layers: &'a [ViewLayer], below: Option<&'a dyn Below>) -> Self {
+        Self { layers, below, steps: 0 }
+    }
+
+    /// What each layer has at the root, top first.
+    pub(crate) fn root(&self) -> Vec<Seen<'a>> {
+        (0..self.layers.len())
+            .rev()
+            .filter_map(|layer| Some(Seen { layer: layer.try_into().ok()?, at: root() }))
+            .collect()
+    }
+
+    /// What each layer has at `path`, if `parents` is what each has at the directory of `path`; layers that have nothing are
+    /// left out.
+    pub(crate) fn descend(&mut self, parents: &[Seen<'a>], path: &[&'a [u8]]) -> Result<Vec<Seen<'a>>, ViewError> {
+        let Some((name, directory)) = path.split_last() else { return Ok(Vec::new()) };
+        let mut seen = Vec::new();
+        for parent in parents {
+            let at = match &parent.at {
+                At::Other => Some(At::Other),
+                At::Directory { inode, moved } => {
+                    let real = moved.as_ref().map_or(directory, |path| path.as_slice());
+                    self.step(parent.layer, *inode, moved.is_some(), real, name)?
+                }
+            };
+            seen.extend(at.map(|at| Seen { layer: parent.layer, at }));
+        }
+        Ok(seen)
+    }
+
+    /// Whose attributes the directory at `path` has if the layer at position `layer` implies it; `seen` is what each layer has
+    /// at `path`.
+    pub(crate) fn owner(&mut self, layer: u16, path: &[&'a [u8]], seen: &[Seen<'a>]) -> Result<Owner, ViewError> {
+        for lower in seen.iter().filter(|lower| lower.layer < layer) {
+            match &lower.at {
+                At::Other => return Ok(fresh()),
+                At::Directory { inode, .. } if !self.is_implied(lower.layer, *inode)? => {
+                    return Ok(Owner::Inode(lower.layer, *inode));
+                }
+                // Implied there too: it has what that layer found further down, at its own path.
+                At::Directory { moved: None, .. } => {}
+                At::Directory { moved: Some(real), .. } => return self.owner_from_root(lower.layer, real.to_vec()),
+            }
+        }
+        self.owner_below(path)
+    }
+
+    /// As [`Inheritance::owner`], for a path that is not the one being merged.
+    fn owner_from_root(&mut self, layer: u16, mut path: Path<'a>) -> Result<Owner, ViewError> {
+        for lower in (0..layer).rev() {
+            let components = path.iter().rev().copied().collect();
+            match self.walk(lower, Vec::new(), components)? {
+                None => {}
+                Some(At::Other) => return Ok(fresh()),
+                Some(At::Directory { inode, moved }) => {
+                    if !self.is_implied(lower, inode)? {
+                        return Ok(Owner::Inode(lower, inode));
+                    }
+                    path = moved.map_or(path, |real| real.to_vec());
+                }
+            }
+        }
+        self.owner_below(&path)
+    }
+
+    fn owner_below(&self, path: &[&[u8]]) -> Result<Owner, ViewError> {
+        let found = match self.below {
+            Some(below) if !path.is_empty() => below.attributes_for_implied(path).map_err(ViewError::Below)?,
+            _ => None,
+        };
+        Ok(match found {
+            Some(BelowEntry::Directory(attributes)) => Owner::Foreign(attributes),
+            Some(BelowEntry::Other) | None => fresh(),
+        })
+    }
+
+    /// What `layer` has for `name` in its directory `inode`, whose path is `real`.
+    fn step(
+        &mut self,
+        layer: u16,
+        inode: InodeIx,
+        moved: bool,
+        real: &[&'a [u8]],
+        name: &&'a [u8],
+    ) -> Result<Option<At<'a>>, ViewError> {
+        let toc = self.toc(layer)?;
+        let at_layer = |source| self.in_layer(layer, source);
+        let Some(entry) = toc.lookup(inode, name).map_err(at_layer)? else { return Ok(None) };
+        let Some(found) = entry.inode else { return Ok(Some(At::Other)) };
+        match toc.inode(found).map_err(at_layer)?.kind() {
+            Kind::Directory => {
+                let moved = moved.then(|| Rc::new([real, &[*name]].concat()));
+                Ok(Some(At::Directory { inode: found, moved }))
+            }
+            Kind::Symlink => self.walk(layer, real.to_vec(), vec![*name]),
+            _ => Ok(Some(At::Other)),
+        }
+    }
+
+    /// Follows `todo` (last component first) from the directory at the real path `from` on, inside of `layer`.
+    fn walk(&mut self, layer: u16, from: Path<'a>, mut todo: Path<'a>) -> Result<Option<At<'a>>, ViewError> {
+        let toc = self.toc(layer)?;
+        todo.extend(from.into_iter().rev());
+        let (mut path, mut inodes) = (Path::new(), vec![0]);
+        let mut links = 0;
+        while let Some(name) = todo.pop() {
+            self.steps += 1;
+            if self.steps > MAX_STEPS {
+                return Err(ViewError::Limit { what: "symbolic links in the way of implied directories are too many" });
+            }
+            match name {
+                b"" | b"." => continue,
+                b".." => {
+                    path.pop();
+                    inodes.truncate(path.len() + 1);
+                    continue;
+                }
+                _ => {}
+            }
+            let directory = inodes.last().copied().unwrap_or(0);
+            let at_layer = |source| self.in_layer(layer, source);
+            let Some(entry) = toc.lookup(directory, name).map_err(at_layer)? else { return Ok(None) };
+            let Some(found) = entry.inode else { return Ok(Some(At::Other)) };
+            let inode = toc.inode(found).map_err(at_layer)?;
+            match inode.kind() {
+                Kind::Directory => {
+                    path.push(entry.name);
+                    inodes.push(found);
+                }
+                Kind::Symlink if links < MAX_LINKS => {
+                    links += 1;
+                    let target = toc.symlink_target(&inode).map_err(at_layer)?;
+                    if target.starts_with(b"/") {
+                        path.clear();
+                        inodes.truncate(1);
+                    }
+                    todo.extend(target.split(|byte| *byte == b'/').rev());
+                }
+                _ => return Ok(Some(At::Other)),
+            }
+        }
+        let inode = inodes.last().copied().unwrap_or(0);
+        Ok(Some(At::Directory { inode, moved: Some(Rc::new(path)) }))
+    }
+
+    fn is_implied(&self, layer: u16, inode: InodeIx) -> Result<bool, ViewError> {
+        // No archive describes the root, to which a link may lead.
+        let inode = self.toc(layer)?.inode(inode).map_err(|source| self.in_layer(layer, source))?;
+        Ok(inode.is_implied())
+    }
+
+    fn toc(&self, layer: u16) -> Result<&'a Toc, ViewError> {
+        let layer = self.layers.get(usize::from(layer)).ok_or(ViewError::Limit { what: "layer out of range" })?;
+        Ok(&layer.toc)
+    }
+
+    fn in_layer(&self, layer: u16, source: FormatError) -> ViewError {
+        ViewError::Layer { layer: self.layers.get(usize::from(layer)).map_or(0, |layer| layer.number), source }
+    }
+}
+
+const fn root<'a>() -> At<'a> {
+    At::Directory { inode: 0, moved: None }
+}
+
+const fn fresh() -> Owner {
+    Owner::Foreign(DirectoryAttributes::fresh())
+}

@@ -1,0 +1,140 @@
+//! What the command line asks of this node.
+
+use std::collections::BTreeMap;
+use std::sync::Arc;
+use std::sync::atomic::{AtomicBool, Ordering};
+
+use millstream_chunkstore::{Layer, LayerState};
+use millstream_oci::Digest;
+use millstream_wire::millstream::v1 as wire;
+use millstream_wire::millstream::v1::node_server::Node;
+use tonic::{Request, Response, Status};
+use tracing::info;
+
+use crate::catalog::Decision;
+use crate::images::NodeImages;
+
+/// The `Node` service.
+#[derive(Debug)]
+pub struct Control {
+    images: Arc<NodeImages>,
+    hydration: AtomicBool,
+}
+
+impl Control {
+    /// `hydration` is how the fetcher was configured.
+    #[must_use]
+    pub fn new(images: Arc<NodeImages>, hydration: bool) -> Self {
+        Self { images, hydration: AtomicBool::new(hydration) }
+    }
+
+    fn layer_status(&self, layer: &Layer, images: Vec<String>) -> wire::LayerStatus {
+        let digest = layer.digest();
+        let (state, reason) = match layer.state() {
+            LayerState::Lazy => (wire::layer_status::State::Lazy, String::new()),
+            LayerState::Verified => (wire::layer_status::State::Verified, String::new()),
+            LayerState::Quarantined { reason } => (wire::layer_status::State::Quarantined, reason),
+        };
+        wire::LayerStatus {
+            layer: digest.to_string(),
+            state: state.into(),
+            bytes_total: layer.bytes_total(),
+            bytes_present: layer.bytes_present(),
+            images,
+            reason,
+        }
+    }
+}
+
+#[tonic::async_trait]
+impl Node for Control {
+    async fn status(&self, _request: Request<wire::StatusRequest>) -> Result<Response<wire::StatusResponse>, Status> {
+        let mut images: BTreeMap<Digest, Vec<String>> = BTreeMap::new();
+        for (_, record) in self.images.catalog.images().map_err(internal)? {
+            for layer in &record.layers {
+                let names = images.entry(layer.digest).or_default();
+                if !names.contains(&record.image) {
+                    names.push(record.image.clone());
+                }
+            }
+        }
+        let layers = self.images.store.layers();
+        let mut layers: Vec<wire::LayerStatus> = layers
+            .iter()
+            .map(|layer| self.layer_status(layer, images.remove(&layer.digest()).unwrap_or_default()))
+            .collect();
+        layers.extend(self.images.store.damaged().into_iter().map(|(digest, reason)| wire::LayerStatus {
+            layer: digest.to_string(),
+            reason: format!("damaged: {reason}; hint: remove the image and pull it again"),
+            ..wire::LayerStatus::default()
+        }));
+        let counters = self.images.fetcher.counters();
+        Ok(Response::new(wire::StatusResponse {
+            streaming_enabled: self.images.catalog.streaming().map_err(internal)?,
+            hydration_enabled: self.hydration.load(Ordering::Relaxed),
+            layers,
+            transfer: Some(wire::Transfer {
+                demand_bytes: counters.demand_bytes + counters.prefetch_bytes + counters.content_bytes,
+                hydrate_bytes: counters.hydrate_bytes,
+                metadata_bytes: self.images.origins.server.as_ref().map_or(0, |server| server.metadata_bytes()),
+                requests: counters.requests,
+            }),
+            version: env!("CARGO_PKG_VERSION").into(),
+        }))
+    }
+
+    async fn explain(&self, request: Request<wire::ExplainRequest>) -> Result<Response<wire::ExplainResponse>, Status> {
+        let wanted = request.into_inner().image;
+        // People type the short form, containerd passes the long one.
+        let mut decisions = self.images.catalog.decisions(&wanted).map_err(internal)?;
+        if decisions.is_empty()
+            && let Ok(reference) = wanted.parse::<millstream_oci::ImageRef>()
+        {
+            decisions = self.images.catalog.decisions(&reference.to_string()).map_err(internal)?;
+        }
+        Ok(Response::new(wire::ExplainResponse { decisions: decisions.into_iter().map(to_wire).collect() }))
+    }
+
+    async fn set_streaming(
+        &self,
+        request: Request<wire::SetStreamingRequest>,
+    ) -> Result<Response<wire::SetStreamingResponse>, Status> {
+        let enabled = request.into_inner().enabled;
+        self.images.catalog.set_streaming(enabled).map_err(internal)?;
+        info!(enabled, "streaming of new images switched");
+        Ok(Response::new(wire::SetStreamingResponse {}))
+    }
+
+    async fn set_hydration(
+        &self,
+        request: Request<wire::SetHydrationRequest>,
+    ) -> Result<Response<wire::SetHydrationResponse>, Status> {
+        let enabled = request.into_inner().enabled;
+        self.hydration.store(enabled, Ordering::Relaxed);
+        self.images.fetcher.set_hydration(enabled);
+        info!(enabled, "hydration switched");
+        Ok(Response::new(wire::SetHydrationResponse {}))
+    }
+}
+
+fn to_wire(decision: Decision) -> wire::Decision {
+    let outcome = match decision.outcome.as_str() {
+        "lazy" => wire::decision::Outcome::Lazy,
+        "local" => wire::decision::Outcome::Local,
+        "deferred" => wire::decision::Outcome::Deferred,
+        "failed" => wire::decision::Outcome::Failed,
+        _ => wire::decision::Outcome::Unknown,
+    };
+    wire::Decision {
+        image: decision.image,
+        manifest_digest: decision.manifest,
+        outcome: outcome.into(),
+        code: decision.code,
+        reason: decision.reason,
+        decided_at: decision.decided_at,
+    }
+}
+
+fn internal(error: anyhow::Error) -> Status {
+    Status::internal(format!("{error:#}"))
+}

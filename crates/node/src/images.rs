@@ -1,0 +1,466 @@
+//! The lazy images of this node: one decision for each pull of an image, and what follows from it.
+
+use std::collections::{HashMap, HashSet};
+use std::path::PathBuf;
+use std::sync::{Arc, Mutex, PoisonError};
+use std::time::{Duration, Instant, SystemTime, UNIX_EPOCH};
+
+use async_trait::async_trait;
+use millstream_chunkstore::{Layer, LayerState, Store, StoreError};
+use millstream_oci::{Digest, ManifestDigest};
+use millstream_prefetch::{FetchEvents, Fetcher};
+use millstream_snapshots::{
+    ImageDecision, LazyImages, PrepareOutcome, PrepareRequest, Reason, Usage, ViewFailure, outcome,
+};
+use millstream_source::{SourceError, names};
+use tokio::sync::OnceCell;
+use tracing::{error, info, warn};
+
+use crate::catalog::{Catalog, Decision, ImageRecord, LayerRecord};
+use crate::labels::Wanted;
+use crate::origin::{Origin, Origins};
+use crate::views::Views;
+
+/// How long one decision serves the following `Prepare`s of the same pull. The right to read is proven again afterwards.
+const PLAN_LIFE: Duration = Duration::from_secs(60);
+/// Decisions that are kept; pulls of more images at once decide again.
+const MAX_PLANS: usize = 256;
+
+/// What was decided about an image.
+#[derive(Debug)]
+struct Plan {
+    decision: ImageDecision,
+    record: ImageRecord,
+}
+
+#[derive(Debug)]
+struct Slot {
+    made: Instant,
+    plan: Arc<OnceCell<Arc<Plan>>>,
+}
+
+/// Implements [`LazyImages`] on store, fetcher, views and the outside world.
+#[derive(Debug)]
+pub struct NodeImages {
+    pub(crate) store: Arc<Store>,
+    pub(crate) fetcher: Arc<Fetcher>,
+    pub(crate) views: Arc<Views>,
+    pub(crate) catalog: Catalog,
+    pub(crate) origins: Origins,
+    /// Bound of one decision.
+    pub(crate) deadline: Duration,
+    plans: Mutex<HashMap<(String, ManifestDigest), Slot>>,
+    /// Layers that were given back and wait to be removed. Whoever holds `admission` removes them before it admits others,
+    /// so that a layer that is wanted again is never taken away afterwards.
+    dying: Mutex<HashSet<Digest>>,
+    admission: Arc<tokio::sync::Mutex<()>>,
+    runtime: tokio::runtime::Handle,
+}
+
+impl NodeImages {
+    /// See the fields.
+    #[must_use]
+    pub fn new(
+        store: Arc<Store>,
+        fetcher: Arc<Fetcher>,
+        views: Arc<Views>,
+        catalog: Catalog,
+        origins: Origins,
+        deadline: Duration,
+    ) -> Self {
+        Self {
+            store,
+            fetcher,
+            views,
+            catalog,
+            origins,
+            deadline,
+            plans: Mutex::default(),
+            dying: Mutex::default(),
+            admission: Arc::default(),
+            runtime: tokio::runtime::Handle::current(),
+        }
+    }
+
+    /// The decision for the pull that `wanted` belongs to: shared by all its layers.
+    async fn plan(self: &Arc<Self>, wanted: &Wanted) -> Arc<Plan> {
+        let key = (wanted.image.name(), wanted.manifest);
+        let cell = {
+            let mut plans = self.plans.lock().unwrap_or_else(PoisonError::into_inner);
+            plans.retain(|_, slot| slot.made.elapsed() < PLAN_LIFE);
+            if plans.len() >= MAX_PLANS {
+                plans.clear();
+            }
+            let slot = plans.entry(key).or_insert_with(|| Slot { made: Instant::now(), plan: Arc::default() });
+            Arc::clone(&slot.plan)
+        };
+        let this = Arc::clone(self);
+        let wanted = wanted.clone();
+        Arc::clone(cell.get_or_init(|| async move { Arc::new(this.make_plan(&wanted).await) }).await)
+    }
+
+    fn forget_plan(&self, wanted: &Wanted) {
+        let key = (wanted.image.name(), wanted.manifest);
+        self.plans.lock().unwrap_or_else(PoisonError::into_inner).remove(&key);
+    }
+
+    async fn make_plan(&self, wanted: &Wanted) -> Plan {
+        let empty = ImageRecord { image: wanted.image.to_string(), manifest: wanted.manifest, layers: Vec::new() };
+        match self.try_plan(wanted).await {
+            Ok(plan) => plan,
+            Err(error) => {
+                let reason = Reason::new("node.local", format!("{error:#}"));
+                Plan { decision: ImageDecision::Deferred(reason), record: empty }
+            }
+        }
+    }
+
+    async fn try_plan(&self, wanted: &Wanted) -> anyhow::Result<Plan> {
+        let origin = self.origins.of(&wanted.image, wanted.manifest)?;
+        let known = self.catalog.image(&wanted.image.name(), &wanted.manifest)?;
+        // A margin, so that the reason is known before the caller gives up waiting.
+        let patience = self.deadline.mul_f32(0.9);
+        let (probe, served) = tokio::join!(
+            bounded(patience, origin.repository.probe(&wanted.layer)),
+            bounded(patience, self.served(&origin, known)),
+        );
+        let (server, record, tocs) = match served {
+            outcome::Answer::Got((record, tocs)) => {
+                let layers = record.layers.iter().map(|layer| match &layer.ineligible {
+                    None => outcome::LayerAnswer::Eligible,
+                    Some(reason) => outcome::LayerAnswer::Ineligible { reason: reason.clone() },
+                });
+                (outcome::Answer::Got(layers.collect()), record, tocs)
+            }
+            outcome::Answer::Failed { kind, message } => {
+                (outcome::Answer::Failed { kind, message }, none(wanted), Vec::new())
+            }
+            outcome::Answer::TimedOut => (outcome::Answer::TimedOut, none(wanted), Vec::new()),
+        };
+        let chain_matches = record.layers.iter().any(|layer| layer.digest == wanted.layer);
+        let local = !record.layers.is_empty() && record.layers.iter().all(|layer| self.is_verified(&layer.digest));
+        let inputs = outcome::ImageInputs { streaming: true, missing: None, local, chain_matches, server, probe };
+        let decision = outcome::decide_image(&inputs);
+        self.take_in(wanted, &origin, decision, record, tocs).await
+    }
+
+    /// What is known of the image: from the catalog if the store has all its TOCs, else from the server.
+    async fn served(
+        &self,
+        origin: &Origin,
+        known: Option<ImageRecord>,
+    ) -> Result<(ImageRecord, Vec<Vec<u8>>), SourceError> {
+        let in_store = |layer: &&LayerRecord| self.store.layer(&layer.digest).is_some();
+        if let Some(record) = &known
+            && record.layers.iter().filter(|layer| layer.ineligible.is_none()).all(|layer| in_store(&layer))
+        {
+            return Ok((record.clone(), Vec::new()));
+        }
+        // The TOCs of layers that other images brought need not travel again; the server is told all that might matter.
+        let known_layers = self.store.layers().iter().map(|layer| layer.digest()).take(MAX_KNOWN_LAYERS).collect();
+        let served = origin.server()?.image(&origin.scope, known_layers).await?;
+        let layers = served.layers.iter().map(|layer| LayerRecord {
+            digest: layer.digest,
+            diff_id: layer.diff_id,
+            ineligible: layer.toc.as_ref().err().cloned(),
+        });
+        let record =
+            ImageRecord { image: origin.image.clone(), manifest: origin.scope.manifest, layers: layers.collect() };
+        Ok((record, served.layers.into_iter().filter_map(|layer| layer.bytes).collect()))
+    }
+
+    fn is_verified(&self, digest: &Digest) -> bool {
+        self.store.layer(digest).is_some_and(|layer| layer.state() == LayerState::Verified)
+    }
+
+    /// Puts what will be lazy into the store and lets the fetcher know where its bytes come from.
+    async fn take_in(
+        &self,
+        wanted: &Wanted,
+        origin: &Origin,
+        decision: ImageDecision,
+        record: ImageRecord,
+        tocs: Vec<Vec<u8>>,
+    ) -> anyhow::Result<Plan> {
+        let lazy = match &decision {
+            ImageDecision::Lazy { lazy, .. } => *lazy,
+            ImageDecision::Local => record.layers.len(),
+            ImageDecision::Deferred(_) => return Ok(Plan { decision, record }),
+        };
+        let guard = Arc::clone(&self.admission).lock_owned().await;
+        self.remove_dying()?;
+        let store = Arc::clone(&self.store);
+        let wanted_layers: Vec<Digest> = record.layers.iter().take(lazy).map(|layer| layer.digest).collect();
+        let admitted = tokio::task::spawn_blocking(move || {
+            for toc in tocs {
+                match store.admit(&toc) {
+                    Ok(_) | Err(StoreError::Quarantined { .. }) => {}
+                    Err(error) => return Err(error),
+                }
+            }
+            Ok(wanted_layers.iter().map(|digest| store.layer(digest)).collect::<Vec<Option<Arc<Layer>>>>())
+        })
+        .await??;
+        drop(guard);
+        self.catalog.put_image(&wanted.image.name(), &record)?;
+        for layer in admitted.into_iter().flatten() {
+            if layer.state() == LayerState::Lazy {
+                let digest = layer.digest();
+                self.fetcher.attach(layer, origin.sources());
+                self.fetcher.hydrate(&digest);
+            }
+        }
+        Ok(Plan { decision, record })
+    }
+
+    /// Removes the layers that were given back. The caller holds `admission`.
+    fn remove_dying(&self) -> anyhow::Result<()> {
+        let dying: Vec<Digest> = self.dying.lock().unwrap_or_else(PoisonError::into_inner).drain().collect();
+        if dying.is_empty() {
+            return Ok(());
+        }
+        let numbers: Vec<u32> =
+            dying.iter().filter_map(|digest| self.store.layer(digest)).map(|layer| layer.number()).collect();
+        self.views.remove_with(&numbers)?;
+        for digest in &dying {
+            self.fetcher.detach(digest);
+            match self.store.remove(digest) {
+                Ok(()) => info!({ names::LAYER } = %digest, "layer removed"),
+                Err(error) => warn!({ names::LAYER } = %digest, %error, "layer is not removed completely"),
+            }
+        }
+        self.catalog.forget_images(|digest| self.store.layer(digest).is_some())?;
+        self.plans.lock().unwrap_or_else(PoisonError::into_inner).clear();
+        Ok(())
+    }
+
+    /// Gives back layers that no snapshot uses: a pull that was broken off, or a death between two steps.
+    pub fn sweep(&self, used: &HashSet<Digest>) -> anyhow::Result<()> {
+        let unused =
+            self.store.layers().into_iter().map(|layer| layer.digest()).filter(|digest| !used.contains(digest));
+        self.dying.lock().unwrap_or_else(PoisonError::into_inner).extend(unused);
+        self.remove_dying()
+    }
+
+    /// Lets the fetcher go on with every layer that is not wholly local; the network is not needed for that.
+    ///
+    /// # Errors
+    /// Those of the database.
+    pub fn resume(&self) -> anyhow::Result<()> {
+        for (_, record) in self.catalog.images()? {
+            let origin = record
+                .image
+                .parse()
+                .map_err(anyhow::Error::from)
+                .and_then(|image| self.origins.of(&image, record.manifest));
+            let origin = match origin {
+                Ok(origin) => origin,
+                Err(error) => {
+                    warn!(
+                        { names::IMAGE } = record.image,
+                        error = format!("{error:#}"),
+                        "cannot go on fetching this image"
+                    );
+                    continue;
+                }
+            };
+            for layer in record.layers.iter().filter_map(|layer| self.store.layer(&layer.digest)) {
+                if layer.state() == LayerState::Lazy {
+                    let digest = layer.digest();
+                    self.fetcher.attach(layer, origin.sources());
+                    self.fetcher.hydrate(&digest);
+                }
+            }
+        }
+        Ok(())
+    }
+
+    async fn decide_wanted(self: Arc<Self>, request: PrepareRequest) -> PrepareOutcome {
+        match self.catalog.streaming() {
+            Ok(true) => {}
+            Ok(false) => {
+                return PrepareOutcome::deferred(
+                    "node.streaming-off",
+                    "streaming is switched off on this node; hint: millstream streaming on",
+                );
+            }
+            Err(error) => return failed(&error),
+        }
+        let wanted = match Wanted::from_labels(&request.labels) {
+            Ok(wanted) => wanted,
+            Err(missing) => {
+                let hint = "hint: set disable_snapshot_annotations = false in containerd's configuration";
+                return PrepareOutcome::deferred("labels.missing", format!("{missing}; {hint}"));
+            }
+        };
+        let plan = self.plan(&wanted).await;
+        let outcome = self.of_layer(&plan, &wanted, &request);
+        if matches!(&outcome, PrepareOutcome::Lazy { layer } | PrepareOutcome::Local { layer } if self.is_dying(layer))
+        {
+            // Given back since the plan was made: decide afresh, which waits for the removal.
+            self.forget_plan(&wanted);
+            let plan = self.plan(&wanted).await;
+            return self.of_layer(&plan, &wanted, &request);
+        }
+        outcome
+    }
+
+    fn is_dying(&self, digest: &Digest) -> bool {
+        self.dying.lock().unwrap_or_else(PoisonError::into_inner).contains(digest) || self.store.layer(digest).is_none()
+    }
+
+    fn of_layer(&self, plan: &Plan, wanted: &Wanted, request: &PrepareRequest) -> PrepareOutcome {
+        let (lazy, rest) = match &plan.decision {
+            ImageDecision::Deferred(reason) => return PrepareOutcome::Deferred { reason: reason.clone() },
+            ImageDecision::Local => (plan.record.layers.len(), None),
+            ImageDecision::Lazy { lazy, rest } => (*lazy, rest.as_ref()),
+        };
+        // The same blob may occur twice in an image; the chain ID tells which of them is meant.
+        let position = plan
+            .record
+            .layers
+            .iter()
+            .zip(plan.record.chain_ids())
+            .position(|(layer, chain)| layer.digest == wanted.layer && chain == request.target);
+        let Some(position) = position else {
+            let text = "the layers known for this image are not those that containerd asks for";
+            return PrepareOutcome::deferred("image.mismatch", text);
+        };
+        if position >= lazy {
+            let reason =
+                rest.cloned().unwrap_or_else(|| Reason::new("image.not-eligible", "a layer below cannot be lazy"));
+            return PrepareOutcome::Deferred { reason };
+        }
+        match self.store.layer(&wanted.layer).map(|layer| layer.state()) {
+            Some(LayerState::Verified) => PrepareOutcome::Local { layer: wanted.layer },
+            Some(LayerState::Lazy) => PrepareOutcome::Lazy { layer: wanted.layer },
+            Some(LayerState::Quarantined { reason }) => {
+                PrepareOutcome::deferred("layer.quarantined", format!("layer {}: {reason}", wanted.layer))
+            }
+            None => PrepareOutcome::deferred("node.local", format!("layer {} is not in the store", wanted.layer)),
+        }
+    }
+
+    fn record_decision(&self, request: &PrepareRequest, outcome: &PrepareOutcome) {
+        let wanted = Wanted::from_labels(&request.labels).ok();
+        let image = wanted.as_ref().map_or_else(String::new, |wanted| wanted.image.to_string());
+        let (code, reason) = match outcome {
+            PrepareOutcome::Lazy { .. } | PrepareOutcome::Local { .. } => (String::new(), String::new()),
+            PrepareOutcome::Deferred { reason } | PrepareOutcome::Failed { reason } => {
+                (reason.code.to_owned(), reason.message.clone())
+            }
+        };
+        info!(
+            { names::IMAGE } = image,
+            { names::LAYER } = wanted.as_ref().map(|wanted| wanted.layer.to_string()),
+            { names::CODE } = code,
+            outcome = outcome.name(),
+            reason,
+            "decided about a layer"
+        );
+        let decision = Decision {
+            image,
+            manifest: wanted.map_or_else(String::new, |wanted| wanted.manifest.to_string()),
+            outcome: outcome.name().to_owned(),
+            code,
+            reason,
+            decided_at: SystemTime::now()
+                .duration_since(UNIX_EPOCH)
+                .map_or(0, |since| i64::try_from(since.as_secs()).unwrap_or(i64::MAX)),
+        };
+        let catalog = self.catalog.clone();
+        self.runtime.spawn_blocking(move || {
+            if let Err(error) = catalog.put_decision(&decision) {
+                warn!(error = format!("{error:#}"), "a decision is not recorded");
+            }
+        });
+    }
+}
+
+/// Layers whose TOCs the server is told to leave out, at most.
+const MAX_KNOWN_LAYERS: usize = 1000;
+
+fn none(wanted: &Wanted) -> ImageRecord {
+    ImageRecord { image: wanted.image.to_string(), manifest: wanted.manifest, layers: Vec::new() }
+}
+
+fn failed(error: &anyhow::Error) -> PrepareOutcome {
+    PrepareOutcome::Failed { reason: Reason::new("node.local", format!("{error:#}; hint: see the log of millstreamd")) }
+}
+
+async fn bounded<T>(patience: Duration, work: impl Future<Output = Result<T, SourceError>>) -> outcome::Answer<T> {
+    match tokio::time::timeout(patience, work).await {
+        Ok(Ok(value)) => outcome::Answer::Got(value),
+        Ok(Err(error)) => outcome::Answer::Failed { kind: error.kind, message: error.message },
+        Err(_) => outcome::Answer::TimedOut,
+    }
+}
+
+/// [`NodeImages`] behind a pointer that its own tasks can share.
+#[derive(Debug, Clone)]
+pub struct SharedImages(pub Arc<NodeImages>);
+
+#[async_trait]
+impl LazyImages for SharedImages {
+    async fn decide(&self, request: &PrepareRequest) -> PrepareOutcome {
+        // In a task of its own: what was begun is finished even if this caller stops waiting.
+        let task = tokio::spawn(Arc::clone(&self.0).decide_wanted(request.clone()));
+        task.await.unwrap_or_else(|error| failed(&anyhow::Error::from(error)))
+    }
+
+    fn answered(&self, request: &PrepareRequest, outcome: &PrepareOutcome) {
+        self.0.record_decision(request, outcome);
+    }
+
+    async fn view(&self, run: &[Digest], below: &[PathBuf]) -> Result<PathBuf, ViewFailure> {
+        self.0.views.path(run, below).await.map_err(|error| {
+            let message = format!("{error:#}");
+            error!({ names::CODE } = "view.failed", error = message, "layers cannot be shown");
+            ViewFailure { code: "view.failed", message }
+        })
+    }
+
+    fn released(&self, layers: &[Digest]) {
+        self.0.dying.lock().unwrap_or_else(PoisonError::into_inner).extend(layers);
+        let this = Arc::clone(&self.0);
+        self.0.runtime.spawn(async move {
+            let _guard = this.admission.lock().await;
+            let images = Arc::clone(&this);
+            let removed = tokio::task::spawn_blocking(move || images.remove_dying()).await;
+            if let Ok(Err(error)) = removed {
+                warn!(error = format!("{error:#}"), "layers are not removed now; the next start removes them");
+            }
+        });
+    }
+
+    fn usage(&self, layer: &Digest) -> Usage {
+        self.0.store.layer(layer).map_or_else(Usage::default, |layer| Usage {
+            bytes: layer.disk_size(),
+            inodes: u64::from(layer.toc().inode_count()),
+        })
+    }
+}
+
+/// Tells people what the fetcher found out.
+#[derive(Debug)]
+pub struct Reporter;
+
+impl FetchEvents for Reporter {
+    fn verified(&self, layer: &Digest) {
+        info!({ names::LAYER } = %layer, "layer is wholly local: blob digest, diff ID and TOC are proven");
+    }
+
+    fn quarantined(&self, layer: &Digest, reason: &str) {
+        error!(
+            { names::CODE } = "layer.quarantined",
+            { names::LAYER } = %layer,
+            reason,
+            "LAYER QUARANTINED: what was served for it is not what its digest says; nothing more is served from it. \
+             hint: stop its containers, remove the image and pull it again"
+        );
+    }
+
+    fn failed(&self, layer: &Digest, error: &SourceError) {
+        warn!({ names::CODE } = error.kind.code(), { names::LAYER } = %layer, %error, "hydration failed; it will be tried again");
+    }
+}

@@ -1,0 +1,14 @@
+#![doc = include_str!("../README.md")]
+
+pub mod below;
+pub mod catalog;
+pub mod content;
+pub mod control;
+pub mod images;
+pub mod labels;
+pub mod origin;
+pub mod server_client;
+pub mod settings;
+pub mod supervisor;
+pub mod views;
+pub mod worker;

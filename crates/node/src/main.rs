@@ -1,0 +1,77 @@
+//! `millstreamd`, the node daemon of Millstream: containerd's snapshotter, one FUSE mount, the local store.
+
+use std::path::PathBuf;
+
+use anyhow::{Context, anyhow};
+use clap::{Parser, Subcommand};
+use millstream_node::settings::{LogFormat, LogSettings, Settings};
+use millstream_node::{supervisor, worker};
+use tracing_subscriber::EnvFilter;
+
+/// The node daemon of Millstream: containers start before their image has arrived.
+#[derive(Debug, Parser)]
+#[command(version)]
+struct Arguments {
+    #[command(subcommand)]
+    command: Option<Command>,
+    /// Settings; the defaults without it.
+    #[arg(long, global = true, value_name = "FILE")]
+    config: Option<PathBuf>,
+    /// Read and check the settings, then end.
+    #[arg(long)]
+    check_config: bool,
+}
+
+#[derive(Debug, Subcommand)]
+enum Command {
+    /// Started by the supervisor only.
+    #[command(hide = true)]
+    Worker,
+}
+
+fn main() -> std::process::ExitCode {
+    match run() {
+        Ok(()) => std::process::ExitCode::SUCCESS,
+        Err(error) => {
+            eprintln!("millstreamd: {error:#}");
+            std::process::ExitCode::FAILURE
+        }
+    }
+}
+
+fn run() -> anyhow::Result<()> {
+    let arguments = Arguments::parse();
+    let settings = match &arguments.config {
+        Some(path) => Settings::read(path)?,
+        None => Settings::default(),
+    };
+    if arguments.check_config {
+        println!("settings are fine");
+        return Ok(());
+    }
+    start_logging(&settings.log)?;
+    match arguments.command {
+        None => supervisor::run(&settings, arguments.config.as_deref()),
+        Some(Command::Worker) => {
+            let inherited = worker::Inheritance::take()?;
+            rustls::crypto::ring::default_provider()
+                .install_default()
+                .map_err(|_| anyhow!("a TLS provider is installed already"))?;
+            let runtime = tokio::runtime::Builder::new_multi_thread().enable_all().thread_name("worker").build()?;
+            let result = runtime.block_on(worker::run(&settings, inherited));
+            // Reads that still wait for a source must not hold up the end.
+            runtime.shutdown_background();
+            result
+        }
+    }
+}
+
+fn start_logging(settings: &LogSettings) -> anyhow::Result<()> {
+    let filter = EnvFilter::try_new(&settings.level).with_context(|| format!("log.level {:?}", settings.level))?;
+    let subscriber = tracing_subscriber::fmt().with_env_filter(filter).with_writer(std::io::stderr);
+    match settings.format {
+        LogFormat::Text => subscriber.init(),
+        LogFormat::Json => subscriber.json().init(),
+    }
+    Ok(())
+}

@@ -1,0 +1,99 @@
+//! Where an image's bytes come from: its registry and, for windows and content, the server.
+
+use std::ops::Range;
+use std::path::PathBuf;
+use std::sync::Arc;
+
+use async_trait::async_trait;
+use bytes::Bytes;
+use millstream_oci::{Digest, ImageRef, ManifestDigest};
+use millstream_prefetch::ImageSources;
+use millstream_registry::{Credential, Registry, Repository, docker_config_credential};
+use millstream_source::{BlobSource, ErrorKind, SourceError, WindowSource};
+
+use crate::server_client::{ImageScope, Server, ServerSource};
+
+/// The outside world of this node.
+#[derive(Debug, Clone)]
+pub struct Origins {
+    /// All registries.
+    pub registry: Registry,
+    /// The server, if one is configured.
+    pub server: Option<Server>,
+    /// A docker `config.json` with credentials.
+    pub docker_config: Option<PathBuf>,
+}
+
+/// The origin of one image.
+#[derive(Debug, Clone)]
+pub struct Origin {
+    /// Reference as the client gave it.
+    pub image: String,
+    /// Its repository, with the credential of this node.
+    pub repository: Arc<Repository>,
+    /// The image as the server is asked for it.
+    pub scope: ImageScope,
+    server: Option<Server>,
+}
+
+impl Origins {
+    /// The origin of an image.
+    ///
+    /// # Errors
+    /// When the file with credentials cannot be read.
+    pub fn of(&self, image: &ImageRef, manifest: ManifestDigest) -> anyhow::Result<Origin> {
+        let credential = match &self.docker_config {
+            Some(path) => docker_config_credential(path, image)?,
+            None => Credential::Anonymous,
+        };
+        Ok(Origin {
+            image: image.to_string(),
+            repository: Arc::new(self.registry.repository(image, credential.clone())),
+            scope: ImageScope { repository: image.name(), manifest, credential },
+            server: self.server.clone(),
+        })
+    }
+}
+
+impl Origin {
+    /// The server.
+    ///
+    /// # Errors
+    /// When none is configured.
+    pub fn server(&self) -> Result<&Server, SourceError> {
+        self.server.as_ref().ok_or_else(|| {
+            SourceError::new(
+                ErrorKind::Unavailable,
+                "no server is configured; hint: set server.address in millstreamd.toml",
+            )
+        })
+    }
+
+    /// Sources for the fetcher.
+    #[must_use]
+    pub fn sources(&self) -> ImageSources {
+        let Some(server) = self.server.clone() else {
+            return ImageSources { blob: self.blob(), windows: Arc::new(NoServer), content: None };
+        };
+        let source = Arc::new(ServerSource { server, scope: self.scope.clone() });
+        ImageSources { blob: self.blob(), windows: Arc::clone(&source) as Arc<dyn WindowSource>, content: Some(source) }
+    }
+
+    fn blob(&self) -> Arc<dyn BlobSource> {
+        Arc::clone(&self.repository) as Arc<dyn BlobSource>
+    }
+}
+
+/// Stands where a server was configured once: layers that are not complete can only be read from places without a window.
+#[derive(Debug)]
+struct NoServer;
+
+#[async_trait]
+impl WindowSource for NoServer {
+    async fn windows(&self, layer: &Digest, _spans: Range<u32>) -> Result<Vec<Bytes>, SourceError> {
+        Err(SourceError::new(
+            ErrorKind::Unavailable,
+            format!("no server is configured that has windows of layer {layer}"),
+        ))
+    }
+}

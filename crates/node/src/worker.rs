@@ -1,0 +1,170 @@
+//! The process that does the work; it may die at any time and is started again by the supervisor.
+
+use std::io;
+use std::os::fd::OwnedFd;
+use std::os::unix::net::UnixListener;
+use std::sync::Arc;
+use std::time::Duration;
+
+use anyhow::Context;
+use millstream_chunkstore::{Store, StoreOptions};
+use millstream_fuse::{Adapter, Connection, Session};
+use millstream_layerfs::LayerFs;
+use millstream_prefetch::{FetchOptions, Fetcher};
+use millstream_registry::{Registry, RegistryOptions};
+use millstream_snapshots::{Options, SnapshotService, Snapshots};
+use millstream_sys::fuse_device::write_message;
+use millstream_sys::process::take_passed;
+use millstream_wire::containerd::services::snapshots::v1::snapshots_server::SnapshotsServer;
+use millstream_wire::millstream::v1::node_server::NodeServer;
+use redb::Database;
+use tokio::signal::unix::{SignalKind, signal};
+use tokio_stream::wrappers::UnixListenerStream;
+use tonic::transport::Server as GrpcServer;
+use tracing::{info, warn};
+
+use crate::catalog::Catalog;
+use crate::content::NodeContent;
+use crate::control::Control;
+use crate::images::{NodeImages, Reporter, SharedImages};
+use crate::origin::Origins;
+use crate::server_client::Server;
+use crate::settings::Settings;
+use crate::supervisor::{MAX_MESSAGE, mountpoint};
+use crate::views::Views;
+
+/// How long requests that are under way may go on after we were asked to stop.
+const DRAIN: Duration = Duration::from_secs(5);
+
+/// What the supervisor passed to this process.
+#[derive(Debug)]
+pub struct Inheritance {
+    connection: Connection,
+    listener: UnixListener,
+    supervisor: OwnedFd,
+}
+
+impl Inheritance {
+    /// Takes over what the supervisor passed; works once in a process.
+    ///
+    /// # Errors
+    /// When this process was not started by a supervisor.
+    pub fn take() -> anyhow::Result<Self> {
+        let mut passed =
+            take_passed(3).context("this command is for millstreamd itself; hint: run millstreamd without it")?;
+        let (Some(supervisor), Some(listener), Some(device)) = (passed.pop(), passed.pop(), passed.pop()) else {
+            anyhow::bail!("the supervisor passed too few descriptors");
+        };
+        let init = message(&supervisor)?;
+        let answer = Some(message(&supervisor)?).filter(|answer| answer != b"first");
+        Ok(Self { connection: Connection { device, init, answer }, listener: listener.into(), supervisor })
+    }
+}
+
+fn message(socket: &OwnedFd) -> io::Result<Vec<u8>> {
+    let mut buffer = vec![0; MAX_MESSAGE];
+    let len = rustix::io::retry_on_intr(|| rustix::io::read(socket, &mut buffer))?;
+    buffer.truncate(len);
+    Ok(buffer)
+}
+
+/// Puts the stack together, serves until SIGTERM or until the mount is gone.
+///
+/// # Errors
+/// When something of our own is broken: disk, database, descriptors. Registry and server may be down.
+pub async fn run(settings: &Settings, inherited: Inheritance) -> anyhow::Result<()> {
+    let db = Arc::new(Database::create(settings.root.join("state.redb")).context("opening the database")?);
+
+    // world
+    let store =
+        Arc::new(Store::open(&settings.root, Arc::clone(&db), StoreOptions::default()).context("opening the store")?);
+    let registry = Registry::new(RegistryOptions {
+        hosts_dir: Some(settings.registry.hosts_dir.clone()),
+        max_connections_per_host: settings.fetch.connections,
+        ..RegistryOptions::default()
+    })?;
+    let server = Server::new(&settings.server)?;
+    let origins = Origins { registry, server: server.clone(), docker_config: settings.registry.docker_config.clone() };
+
+    // mechanism
+    let fetch = FetchOptions {
+        slots: settings.fetch.connections,
+        read_deadline: settings.fetch.read_deadline,
+        ..FetchOptions::default()
+    };
+    let fetcher = Fetcher::new(fetch, Arc::new(Reporter), tokio::runtime::Handle::current());
+    fetcher.set_hydration(settings.fetch.hydration);
+    let layerfs = Arc::new(LayerFs::new());
+    let views = Arc::new(Views::new(Arc::clone(&store), Arc::clone(&layerfs), mountpoint(settings)));
+    views.restore()?;
+
+    // where they meet
+    let catalog = Catalog::open(Arc::clone(&db))?;
+    let images = Arc::new(NodeImages::new(
+        Arc::clone(&store),
+        Arc::clone(&fetcher),
+        views,
+        catalog,
+        origins,
+        settings.decision_deadline,
+    ));
+    let options = Options { decide_deadline: settings.decision_deadline, ..Options::default() };
+    let snapshots = Snapshots::open(&settings.root, db, Arc::new(SharedImages(Arc::clone(&images))), options)?;
+    images.sweep(&snapshots.layers()?)?;
+    images.resume()?;
+
+    // the kernel's side, then containerd's
+    let content = Arc::new(NodeContent::new(Arc::clone(&store), fetcher));
+    let adapter = Adapter::new(layerfs, content, tokio::runtime::Handle::current());
+    let session = Session::start(adapter, inherited.connection).context("serving the FUSE connection")?;
+    write_message(std::os::fd::AsFd::as_fd(&inherited.supervisor), &session.answer)
+        .context("reporting to the supervisor")?;
+    if let Some(server) = server {
+        server.warm_up();
+    }
+    let control = Control::new(images, settings.fetch.hydration);
+    let result = serve(inherited.listener, SnapshotService::new(snapshots), control, session).await;
+    let synced = tokio::task::spawn_blocking(move || store.sync_all()).await?;
+    if let Err(error) = synced {
+        warn!(%error, "not everything is synced; it is fetched again after the next start");
+    }
+    result
+}
+
+async fn serve(
+    listener: UnixListener,
+    snapshots: SnapshotService,
+    control: Control,
+    session: Session,
+) -> anyhow::Result<()> {
+    listener.set_nonblocking(true)?;
+    let incoming = UnixListenerStream::new(tokio::net::UnixListener::from_std(listener)?);
+    let (stop, stopped) = tokio::sync::oneshot::channel::<()>();
+    let serving = tokio::spawn(
+        GrpcServer::builder()
+            .add_service(SnapshotsServer::new(snapshots))
+            .add_service(NodeServer::new(control))
+            .serve_with_incoming_shutdown(incoming, async {
+                let _ = stopped.await;
+            }),
+    );
+    let mut terminate = signal(SignalKind::terminate())?;
+    let mut interrupt = signal(SignalKind::interrupt())?;
+    let mounted = tokio::task::spawn_blocking(move || session.wait());
+    info!("worker serves");
+    tokio::select! {
+        _ = terminate.recv() => {}
+        // A terminal sends it to the whole group; the supervisor decides.
+        _ = interrupt.recv() => {}
+        ended = mounted => {
+            ended?.context("the FUSE connection broke")?;
+            anyhow::bail!("the mount was taken away; hint: millstreamd has to be started again");
+        }
+    }
+    let _ = stop.send(());
+    match tokio::time::timeout(DRAIN, serving).await {
+        Ok(served) => Ok(served??),
+        // Streams that clients keep open do not hold us up.
+        Err(_) => Ok(()),
+    }
+}

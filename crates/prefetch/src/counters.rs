@@ -1,0 +1,72 @@
+//! What was fetched, for metrics.
+
+use std::sync::atomic::{AtomicU64, Ordering};
+
+use millstream_source::Priority;
+
+/// Totals since the start; `active` is a level.
+#[derive(Debug, Clone, Copy, PartialEq, Eq, Default)]
+pub struct Counters {
+    /// Compressed bytes received for readers.
+    pub demand_bytes: u64,
+    /// Compressed bytes received ahead of readers.
+    pub prefetch_bytes: u64,
+    /// Compressed bytes received by hydration.
+    pub hydrate_bytes: u64,
+    /// Bytes of windows received.
+    pub window_bytes: u64,
+    /// Bytes of plain content received.
+    pub content_bytes: u64,
+    /// Requests for compressed bytes and for content.
+    pub requests: u64,
+    /// Times a source gave bytes that do not match their digest.
+    pub digest_mismatches: u64,
+    /// Requests under way now.
+    pub active: u64,
+}
+
+#[derive(Debug, Default)]
+pub(crate) struct Tally {
+    received: [AtomicU64; 3],
+    windows: AtomicU64,
+    content: AtomicU64,
+    requests: AtomicU64,
+    mismatches: AtomicU64,
+}
+
+impl Tally {
+    pub(crate) fn received(&self, priority: Priority, bytes: usize) {
+        self.received[crate::queue::class(priority)].fetch_add(bytes as u64, Ordering::Relaxed);
+    }
+
+    pub(crate) fn window(&self, bytes: usize) {
+        self.windows.fetch_add(bytes as u64, Ordering::Relaxed);
+    }
+
+    pub(crate) fn content(&self, bytes: usize) {
+        self.content.fetch_add(bytes as u64, Ordering::Relaxed);
+    }
+
+    pub(crate) fn request(&self) {
+        self.requests.fetch_add(1, Ordering::Relaxed);
+    }
+
+    pub(crate) fn mismatch(&self) {
+        self.mismatches.fetch_add(1, Ordering::Relaxed);
+    }
+
+    pub(crate) fn snapshot(&self, active: usize) -> Counters {
+        let load = |counter: &AtomicU64| counter.load(Ordering::Relaxed);
+        let [demand, prefetch, hydrate] = &self.received;
+        Counters {
+            demand_bytes: load(demand),
+            prefetch_bytes: load(prefetch),
+            hydrate_bytes: load(hydrate),
+            window_bytes: load(&self.windows),
+            content_bytes: load(&self.content),
+            requests: load(&self.requests),
+            digest_mismatches: load(&self.mismatches),
+            active: active as u64,
+        }
+    }
+}

@@ -1,0 +1,235 @@
+//! One attempt at one group of spans from one source.
+
+use std::future::Future;
+use std::sync::Arc;
+use std::time::Duration;
+
+use bytes::Bytes;
+use futures::StreamExt;
+use millstream_chunkstore::Layer;
+use millstream_source::{ByteStream, ContentSource, ErrorKind, SourceError};
+use millstream_toc::format::SpanIx;
+use millstream_toc::read::Chunk;
+use millstream_toc::span::{SpanError, SpanExtractor};
+use millstream_toc::{DataRange, Toc};
+use tokio::sync::mpsc;
+
+use crate::attached::ImageSources;
+use crate::deliver::{ChunkSink, toc_failed};
+use crate::fetcher::Shared;
+use crate::gate::Urgency;
+use crate::plan::Group;
+
+/// Pieces of a body between the connection and the decompressor.
+const PIECES: usize = 8;
+/// Bytes of plain content asked for at once.
+const CONTENT_SIZE: u64 = 1024 * 1024;
+
+/// What an attempt needs to know.
+#[derive(Clone, Copy)]
+pub(crate) struct Attempt<'a> {
+    pub(crate) shared: &'a Shared,
+    pub(crate) layer: &'a Arc<Layer>,
+    pub(crate) group: &'a Group,
+    pub(crate) urgency: &'a Urgency,
+    pub(crate) sink: &'a Arc<dyn ChunkSink>,
+}
+
+impl Attempt<'_> {
+    /// Fetches the group's compressed bytes, decompresses them as they arrive and hands on every chunk that matches.
+    pub(crate) async fn try_blob(self, image: &ImageSources) -> Result<(), SourceError> {
+        let Self { shared, layer, group, urgency, sink } = self;
+        let _permit = shared.gate.acquire(urgency).await?;
+        let (digest, idle) = (layer.digest(), shared.options.idle_timeout);
+        shared.tally.request();
+        let first = group.spans.start;
+        let body = bounded(idle, "first byte of a blob", image.blob.read(&digest, group.blob));
+        let window = shared.windows.get(layer, first, &*image.windows, &shared.tally);
+        let window = bounded(idle, "window of a span", window);
+        let (body, window) = tokio::try_join!(body, window)?;
+
+        let (pieces, received) = mpsc::channel(PIECES);
+        let (toc, sink) = (layer.toc().clone(), sink.clone());
+        let extracted = shared.runtime.spawn_blocking(move || extract(&toc, first, &window, received, &*sink));
+        let pumped = self.pump(body, pieces).await;
+        // What the decompressor says explains more than the end of the body it caused.
+        extracted.await.map_err(|e| SourceError::new(ErrorKind::Local, format!("decompressor failed: {e}")))??;
+        pumped?;
+        self.check_complete()
+    }
+
+    /// Passes the body on, piece by piece. Ends early, without an error, when nobody takes the pieces any more.
+    async fn pump(self, mut body: ByteStream, pieces: mpsc::Sender<Bytes>) -> Result<(), SourceError> {
+        let Self { shared, layer, group, urgency, .. } = self;
+        let mut left = group.blob.len();
+        while let Some(piece) = next_piece(&mut body, shared.options.idle_timeout).await? {
+            shared.tally.received(urgency.priority(), piece.len());
+            left = left.checked_sub(piece.len() as u64).ok_or_else(|| wrong_length(layer))?;
+            if pieces.send(piece).await.is_err() {
+                return Ok(());
+            }
+        }
+        if left == 0 { Ok(()) } else { Err(wrong_length(layer)) }
+    }
+
+    /// All bytes came and matched so far, so every chunk must be there.
+    fn check_complete(self) -> Result<(), SourceError> {
+        match self.group.chunks.iter().find(|chunk| self.sink.wants(chunk.ix)) {
+            None => Ok(()),
+            Some(chunk) => Err(SourceError::new(
+                ErrorKind::DigestMismatch,
+                format!("spans {:?} of {} ended before chunk {}", self.group.spans, self.layer.digest(), chunk.ix),
+            )),
+        }
+    }
+
+    /// Fetches the group's chunks as plain content.
+    pub(crate) async fn try_content(self, content: &dyn ContentSource) -> Result<(), SourceError> {
+        let Self { shared, layer, group, urgency, sink } = self;
+        let missing: Vec<Chunk> = group.chunks.iter().filter(|chunk| sink.wants(chunk.ix)).copied().collect();
+        for run in runs(&missing) {
+            let _permit = shared.gate.acquire(urgency).await?;
+            shared.tally.request();
+            let (Some(first), Some(last)) = (run.first(), run.last()) else { continue };
+            let range = DataRange::new(first.data.start, last.data.end);
+            let digest = layer.digest();
+            let bytes = bounded(shared.options.idle_timeout, "content", content.content(&digest, range)).await?;
+            shared.tally.content(bytes.len());
+            let (toc, sink, run) = (layer.toc().clone(), sink.clone(), run.to_vec());
+            let verified = shared.runtime.spawn_blocking(move || take_content(&toc, range, &bytes, &run, &*sink));
+            verified.await.map_err(|e| SourceError::new(ErrorKind::Local, format!("verification failed: {e}")))??;
+        }
+        Ok(())
+    }
+}
+
+/// Decompresses pieces until they end.
+fn extract(
+    toc: &Toc,
+    first: SpanIx,
+    window: &[u8],
+    mut pieces: mpsc::Receiver<Bytes>,
+    sink: &dyn ChunkSink,
+) -> Result<(), SourceError> {
+    let mut extractor = SpanExtractor::new(toc, first, window).map_err(|e| span_failed(toc, e))?;
+    let mut refused = Ok(());
+    while let Some(piece) = pieces.blocking_recv() {
+        let pushed = extractor.push(&piece, &mut |chunk, bytes| {
+            if refused.is_ok() && sink.wants(chunk.ix) {
+                refused = sink.put(chunk, bytes);
+            }
+        });
+        std::mem::replace(&mut refused, Ok(()))?;
+        pushed.map_err(|e| span_failed(toc, e))?;
+    }
+    Ok(())
+}
+
+/// The window was verified and the length is counted, so whatever the decompressor trips over are bytes that are not the
+/// blob's, or a TOC that lies: in both cases this source cannot help.
+fn span_failed(toc: &Toc, error: SpanError) -> SourceError {
+    match error {
+        SpanError::Toc(error) => toc_failed(error),
+        other => SourceError::new(ErrorKind::DigestMismatch, format!("blob {}: {other}", toc.blob_digest())),
+    }
+}
+
+fn take_content(
+    toc: &Toc,
+    range: DataRange,
+    bytes: &[u8],
+    chunks: &[Chunk],
+    sink: &dyn ChunkSink,
+) -> Result<(), SourceError> {
+    if bytes.len() as u64 != range.len() {
+        let message = format!("content {range} of {} has {} bytes", toc.blob_digest(), bytes.len());
+        return Err(SourceError::new(ErrorKind::Malformed, message));
+    }
+    for chunk in chunks {
+        let start = usize::try_from(chunk.data.start.saturating_sub(range.start)).unwrap_or(usize::MAX);
+        let len = usize::try_from(chunk.data.len()).unwrap_or(usize::MAX);
+        let bytes = bytes.get(start..).and_then(|rest| rest.get(..len)).unwrap_or_default();
+        let expected = toc.chunk_digest(chunk.ix).map_err(toc_failed)?;
+        if blake3::hash(bytes).as_bytes()[..expected.len()] != expected {
+            let message = format!("content of chunk {} of {} does not match its digest", chunk.ix, toc.blob_digest());
+            return Err(SourceError::new(ErrorKind::DigestMismatch, message));
+        }
+        if sink.wants(chunk.ix) {
+            sink.put(*chunk, bytes)?;
+        }
+    }
+    Ok(())
+}
+
+/// Cuts ascending chunks into runs that are worth one request each: close to each other and not longer than
+/// [`CONTENT_SIZE`].
+fn runs(chunks: &[Chunk]) -> impl Iterator<Item = &[Chunk]> {
+    let mut rest = chunks;
+    std::iter::from_fn(move || {
+        let first = rest.first()?;
+        let mut end = first.data.end;
+        let len = rest.iter().take_while(|chunk| {
+            let joins = chunk.data.start.saturating_sub(end) <= millstream_toc::CHUNK_SIZE
+                && chunk.data.end.saturating_sub(first.data.start) <= CONTENT_SIZE;
+            end = chunk.data.end;
+            joins
+        });
+        let (run, after) = rest.split_at(len.count().max(1));
+        rest = after;
+        Some(run)
+    })
+}
+
+/// The next piece of a body, empty ones skipped; `None` at its end.
+pub(crate) async fn next_piece(body: &mut ByteStream, idle: Duration) -> Result<Option<Bytes>, SourceError> {
+    let next = async {
+        loop {
+            match body.next().await.transpose()? {
+                Some(piece) if piece.is_empty() => {}
+                other => return Ok(other),
+            }
+        }
+    };
+    bounded(idle, "next bytes of a blob", next).await
+}
+
+/// Ends `work` with [`ErrorKind::TimedOut`] after `bound`.
+pub(crate) async fn bounded<T>(
+    bound: Duration,
+    what: &str,
+    work: impl Future<Output = Result<T, SourceError>>,
+) -> Result<T, SourceError> {
+    match tokio::time::timeout(bound, work).await {
+        Ok(result) => result,
+        Err(_) => Err(SourceError::new(ErrorKind::TimedOut, format!("{what} did not come within {bound:?}"))),
+    }
+}
+
+fn wrong_length(layer: &Layer) -> SourceError {
+    SourceError::new(ErrorKind::Malformed, format!("body of blob {} has the wrong length", layer.digest()))
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+    use proptest::prelude::*;
+
+    proptest! {
+        #[test]
+        fn runs_hold_every_chunk_once_and_stay_short(sizes in proptest::collection::vec((1u64..=16384, 0u64..40_000), 0..200)) {
+            let mut at = 0;
+            let chunks: Vec<Chunk> = sizes.iter().zip(0..).map(|((len, gap), ix)| {
+                let data = DataRange::with_len(at, *len);
+                at = data.end + gap;
+                Chunk { ix, data }
+            }).collect();
+            let mut all = Vec::new();
+            for run in runs(&chunks) {
+                prop_assert!(run[run.len() - 1].data.end - run[0].data.start <= CONTENT_SIZE);
+                prop_assert!(run.windows(2).all(|pair| pair[1].data.start - pair[0].data.end <= millstream_toc::CHUNK_SIZE));
+                all.extend_from_slice(run);
+            }
+            prop_assert_eq!(all, chunks);
+        }
+    }
+}

@@ -1,0 +1,199 @@
+//! One fetch of one group of spans, shared by everyone who waits for a chunk of it.
+
+use std::ops::Range;
+use std::sync::Arc;
+
+use millstream_chunkstore::Layer;
+use millstream_source::{ErrorKind, Priority, Retry, SourceError, names};
+use millstream_toc::DataRange;
+use millstream_toc::format::{ChunkIx, SpanIx};
+use millstream_toc::read::Chunk;
+use tokio::sync::watch;
+
+use crate::attached::{Attached, ImageSources, Source};
+use crate::deliver::{ChunkSink, store_failed};
+use crate::extract::Attempt;
+use crate::fetcher::Shared;
+use crate::gate::Urgency;
+use crate::plan::Group;
+
+/// A fetch under way whose chunks go to the store.
+#[derive(Debug)]
+pub(crate) struct Flight {
+    layer: Arc<Layer>,
+    pub(crate) spans: Range<SpanIx>,
+    pub(crate) urgency: Urgency,
+    state: watch::Sender<State>,
+}
+
+#[derive(Debug, Default)]
+struct State {
+    /// Chunks stored so far; a change is what wakes those who wait.
+    chunks: u64,
+    outcome: Option<Result<(), SourceError>>,
+}
+
+impl Flight {
+    pub(crate) fn new(layer: Arc<Layer>, spans: Range<SpanIx>, priority: Priority) -> Self {
+        Self { layer, spans, urgency: Urgency::new(priority), state: watch::Sender::default() }
+    }
+
+    /// Whether it will bring all of a chunk that needs `spans`.
+    pub(crate) fn covers(&self, spans: &Range<SpanIx>) -> bool {
+        self.spans.start <= spans.start && spans.end <= self.spans.end
+    }
+
+    /// Waits until no chunk of `range` is missing or the fetch has ended.
+    pub(crate) async fn wait(&self, range: DataRange) -> Result<(), SourceError> {
+        let mut state = self.state.subscribe();
+        loop {
+            // The outcome first: what was stored before it was set is then seen below.
+            let outcome = state.borrow_and_update().outcome.clone();
+            if self.layer.missing(range).map_err(store_failed)?.is_empty() {
+                return Ok(());
+            }
+            if let Some(outcome) = outcome {
+                return outcome;
+            }
+            if state.changed().await.is_err() {
+                return Err(aborted());
+            }
+        }
+    }
+
+    fn finish(&self, outcome: Result<(), SourceError>) {
+        self.state.send_modify(|state| {
+            state.outcome.get_or_insert(outcome);
+        });
+    }
+}
+
+impl ChunkSink for Flight {
+    fn wants(&self, chunk: ChunkIx) -> bool {
+        !self.layer.has(chunk)
+    }
+
+    fn put(&self, chunk: Chunk, bytes: &[u8]) -> Result<(), SourceError> {
+        self.layer.write(chunk, bytes).map_err(store_failed)?;
+        self.state.send_modify(|state| state.chunks += 1);
+        Ok(())
+    }
+}
+
+/// Takes the flight off the list however its task ends, so that nobody joins one that is over.
+struct Landing {
+    attached: Arc<Attached>,
+    flight: Arc<Flight>,
+    outcome: Option<Result<(), SourceError>>,
+}
+
+impl Drop for Landing {
+    fn drop(&mut self) {
+        self.attached.flights().retain(|flight| !Arc::ptr_eq(flight, &self.flight));
+        self.flight.finish(self.outcome.take().unwrap_or_else(|| Err(aborted())));
+    }
+}
+
+fn aborted() -> SourceError {
+    SourceError::new(ErrorKind::Unavailable, "the fetch was ended")
+}
+
+/// Runs a flight to its end, also when nobody waits for it any more. It is on the list already.
+pub(crate) async fn fly(shared: Arc<Shared>, attached: Arc<Attached>, flight: Arc<Flight>, group: Group) {
+    let mut landing = Landing { attached: attached.clone(), flight: flight.clone(), outcome: None };
+    let sink: Arc<dyn ChunkSink> = flight.clone();
+    let attempt =
+        Attempt { shared: &shared, layer: &attached.layer, group: &group, urgency: &flight.urgency, sink: &sink };
+    let deadline = shared.options.read_deadline;
+    let bounded = tokio::time::timeout(deadline, fetch(&attached, attempt));
+    let outcome = match attached.cancel.run_until_cancelled(bounded).await {
+        None => Err(aborted()),
+        Some(Ok(outcome)) => outcome,
+        Some(Err(_)) => {
+            Err(SourceError::new(ErrorKind::TimedOut, format!("no source gave the bytes within {deadline:?}")))
+        }
+    };
+    if let Err(error) = &outcome
+        && !attached.cancel.is_cancelled()
+    {
+        // Readers report their own failures, with what they wanted.
+        tracing::debug!(
+            { names::LAYER } = %attached.layer.digest(), { names::CODE } = error.kind.code(), %error,
+            spans = ?group.spans, "fetch failed",
+        );
+    }
+    landing.outcome = Some(outcome);
+}
+
+/// Which half of a source was asked.
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+enum Half {
+    Blob,
+    Content,
+}
+
+/// Asks all sources in order, compressed bytes first, round after round, until one gives the group or none is left.
+pub(crate) async fn fetch(attached: &Attached, attempt: Attempt<'_>) -> Result<(), SourceError> {
+    let options = &attempt.shared.options;
+    let mut given_up: Vec<(u64, Half)> = Vec::new();
+    let mut last = SourceError::new(ErrorKind::Unavailable, "the layer has no source");
+    for round in 1..=options.attempts.max(1) {
+        let mut retry = None;
+        for (source, half) in candidates(attached) {
+            if given_up.contains(&(source.id, half)) {
+                continue;
+            }
+            let result = match (half, &source.image) {
+                (Half::Blob, image) => attempt.try_blob(image).await,
+                (Half::Content, ImageSources { content: Some(content), .. }) => attempt.try_content(&**content).await,
+                (Half::Content, _) => continue,
+            };
+            let Err(error) = result else { return Ok(()) };
+            // Our own disk is full or broken, or our own queue is: no other source changes that.
+            if error.kind == ErrorKind::Local {
+                return Err(error);
+            }
+            judge(attempt, &source, &error);
+            match error.retry {
+                _ if error.kind == ErrorKind::DigestMismatch => given_up.push((source.id, half)),
+                Retry::Never => given_up.push((source.id, half)),
+                rule => retry = Some(sooner(retry, rule)),
+            }
+            last = error;
+        }
+        match retry {
+            Some(rule) if round < options.attempts => tokio::time::sleep(options.pause(round, rule)).await,
+            _ => break,
+        }
+    }
+    Err(last)
+}
+
+fn candidates(attached: &Attached) -> Vec<(Arc<Source>, Half)> {
+    let sources = attached.sources();
+    let content =
+        sources.iter().filter(|source| source.image.content.is_some()).map(|source| (source.clone(), Half::Content));
+    let mut all: Vec<_> = sources.iter().map(|source| (source.clone(), Half::Blob)).collect();
+    all.extend(content);
+    all
+}
+
+fn judge(attempt: Attempt<'_>, source: &Source, error: &SourceError) {
+    let layer = attempt.layer.digest();
+    if error.kind == ErrorKind::DigestMismatch {
+        source.blame();
+        attempt.shared.tally.mismatch();
+        tracing::error!({ names::LAYER } = %layer, { names::CODE } = error.kind.code(), %error, "source gave wrong bytes");
+    } else {
+        tracing::debug!({ names::LAYER } = %layer, { names::CODE } = error.kind.code(), %error, "source failed");
+    }
+}
+
+/// The rule that allows the earlier retry.
+fn sooner(one: Option<Retry>, other: Retry) -> Retry {
+    match (one, other) {
+        (Some(Retry::After(one)), Retry::After(other)) => Retry::After(one.min(other)),
+        (None, rule) => rule,
+        _ => Retry::Soon,
+    }
+}

@@ -1,0 +1,158 @@
+//! The [`Scheduler`] with tasks that wait in it.
+
+use std::collections::HashMap;
+use std::sync::{Mutex, MutexGuard, PoisonError};
+use std::time::Duration;
+
+use millstream_source::{ErrorKind, Priority, SourceError};
+use tokio::sync::{oneshot, watch};
+use tokio::time::Instant;
+
+use crate::queue::{Limits, Scheduler, Ticket};
+
+/// Hands out the right to send a request.
+#[derive(Debug)]
+pub(crate) struct Gate {
+    state: Mutex<State>,
+    demand: watch::Sender<bool>,
+    epoch: Instant,
+    starvation: Duration,
+}
+
+#[derive(Debug)]
+struct State {
+    scheduler: Scheduler,
+    /// Tasks that wait; as many as tickets wait in the scheduler.
+    wakers: HashMap<Ticket, oneshot::Sender<()>>,
+}
+
+/// The urgency of one piece of work, which may grow while it waits or runs.
+#[derive(Debug)]
+pub(crate) struct Urgency(Mutex<(Priority, Option<Ticket>)>);
+
+impl Urgency {
+    pub(crate) fn new(priority: Priority) -> Self {
+        Self(Mutex::new((priority, None)))
+    }
+
+    fn lock(&self) -> MutexGuard<'_, (Priority, Option<Ticket>)> {
+        self.0.lock().unwrap_or_else(PoisonError::into_inner)
+    }
+
+    pub(crate) fn priority(&self) -> Priority {
+        self.lock().0
+    }
+
+    /// Makes the work at least as urgent as `priority`.
+    pub(crate) fn raise(&self, gate: &Gate, priority: Priority) {
+        let mut urgency = self.lock();
+        if priority < urgency.0 {
+            urgency.0 = priority;
+            if let Some(ticket) = urgency.1 {
+                gate.change(|scheduler| scheduler.raise(ticket, priority));
+            }
+        }
+    }
+}
+
+/// A place in the queue, later a slot; given back on drop.
+#[derive(Debug)]
+pub(crate) struct Permit<'g> {
+    gate: &'g Gate,
+    ticket: Ticket,
+}
+
+impl Drop for Permit<'_> {
+    fn drop(&mut self) {
+        self.gate.state().wakers.remove(&self.ticket);
+        self.gate.change(|scheduler| scheduler.finish(self.ticket));
+    }
+}
+
+impl Gate {
+    /// Must be called within a tokio runtime.
+    pub(crate) fn new(limits: Limits) -> Self {
+        let state = State { scheduler: Scheduler::new(limits), wakers: HashMap::new() };
+        Self {
+            state: Mutex::new(state),
+            demand: watch::Sender::new(false),
+            epoch: Instant::now(),
+            starvation: limits.starvation,
+        }
+    }
+
+    fn state(&self) -> MutexGuard<'_, State> {
+        self.state.lock().unwrap_or_else(PoisonError::into_inner)
+    }
+
+    /// Changes the scheduler and wakes whoever may run now.
+    fn change<T>(&self, change: impl FnOnce(&mut Scheduler) -> T) -> T {
+        let mut state = self.state();
+        let value = change(&mut state.scheduler);
+        let now = self.epoch.elapsed();
+        while let Some(ticket) = state.scheduler.grant(now) {
+            if let Some(waker) = state.wakers.remove(&ticket) {
+                // A task that is gone gives its ticket back by dropping its permit.
+                let _ = waker.send(());
+            }
+        }
+        let active = state.scheduler.demand_active();
+        drop(state);
+        self.demand.send_if_modified(|before| std::mem::replace(before, active) != active);
+        value
+    }
+
+    fn enqueue(&self, priority: Priority) -> Option<(Permit<'_>, oneshot::Receiver<()>)> {
+        let (waker, granted) = oneshot::channel();
+        let ticket = {
+            let mut state = self.state();
+            let ticket = state.scheduler.submit(priority)?;
+            state.wakers.insert(ticket, waker);
+            ticket
+        };
+        let permit = Permit { gate: self, ticket };
+        self.change(|_| ());
+        Some((permit, granted))
+    }
+
+    /// Waits for a slot, as urgently as `urgency` says now and later.
+    ///
+    /// # Errors
+    /// [`ErrorKind::Local`] when too many wait already.
+    pub(crate) async fn acquire(&self, urgency: &Urgency) -> Result<Permit<'_>, SourceError> {
+        let (permit, mut granted) = {
+            let mut urgency = urgency.lock();
+            let Some((permit, granted)) = self.enqueue(urgency.0) else {
+                return Err(SourceError::new(ErrorKind::Local, "too many fetches are waiting"));
+            };
+            urgency.1 = Some(permit.ticket);
+            (permit, granted)
+        };
+        loop {
+            // Only time makes a hydration overdue, so those that wait look after the queue.
+            let due = self.state().scheduler.next_due().map(|due| self.epoch + due);
+            let now = Instant::now();
+            let look = due.filter(|due| *due > now).unwrap_or(now + self.starvation);
+            match tokio::time::timeout_at(look, &mut granted).await {
+                Ok(_) => return Ok(permit),
+                Err(_) => self.change(|_| ()),
+            }
+        }
+    }
+
+    /// Waits until no reader's request waits or runs, but no longer than `bound`; gives the time that is left of it.
+    pub(crate) async fn yield_to_demand(&self, bound: Duration) -> Duration {
+        if bound.is_zero() || !*self.demand.borrow() {
+            return bound;
+        }
+        let begin = Instant::now();
+        let mut demand = self.demand.subscribe();
+        // The sender lives as long as `self`, so this ends by the change or by the time.
+        let _ = tokio::time::timeout(bound, demand.wait_for(|active| !active)).await;
+        bound.saturating_sub(begin.elapsed())
+    }
+
+    pub(crate) fn running(&self) -> usize {
+        self.state().scheduler.running()
+    }
+}

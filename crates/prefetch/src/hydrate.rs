@@ -1,0 +1,285 @@
+//! Makes layers wholly local, one after the other, and proves them.
+
+use std::collections::VecDeque;
+use std::sync::atomic::{AtomicU64, Ordering};
+use std::sync::{Arc, Mutex, MutexGuard, PoisonError};
+
+use futures::StreamExt;
+use millstream_chunkstore::{Layer, LayerState};
+use millstream_source::{ErrorKind, SourceError, names};
+use millstream_toc::BlobRange;
+use tokio::sync::{mpsc, watch};
+
+use crate::attached::Attached;
+use crate::deliver::store_failed;
+use crate::fetcher::Shared;
+use crate::part::Pass;
+use crate::rebuild::{Verdict, rebuild};
+
+/// Where the hydration of a layer stands.
+#[derive(Debug, Clone, Copy, PartialEq, Eq, Default)]
+pub enum HydrationState {
+    /// Nobody asked for it.
+    #[default]
+    Idle,
+    /// Other layers come first.
+    Queued,
+    /// Under way.
+    Running,
+    /// It failed and is tried again after a pause.
+    Waiting,
+    /// The layer is wholly local and proven.
+    Verified,
+    /// The layer was proven wrong.
+    Quarantined,
+}
+
+/// How far a layer is.
+#[derive(Debug, Clone, PartialEq, Eq)]
+pub struct Progress {
+    /// Where its hydration stands.
+    pub state: HydrationState,
+    /// Compressed bytes that the pass under way has read.
+    pub blob_bytes: u64,
+    /// Compressed bytes of the layer.
+    pub blob_size: u64,
+    /// Bytes of file content in the store.
+    pub bytes_present: u64,
+    /// Bytes of file content of the layer.
+    pub bytes_total: u64,
+    /// Why the last pass failed.
+    pub last_error: Option<String>,
+}
+
+/// What is known of the hydration of one layer.
+#[derive(Debug, Default)]
+pub(crate) struct Status {
+    inner: Mutex<Inner>,
+    blob_bytes: AtomicU64,
+}
+
+#[derive(Debug, Default)]
+struct Inner {
+    state: HydrationState,
+    failures: u32,
+    last_error: Option<String>,
+}
+
+impl Status {
+    fn lock(&self) -> MutexGuard<'_, Inner> {
+        self.inner.lock().unwrap_or_else(PoisonError::into_inner)
+    }
+
+    fn set(&self, state: HydrationState) {
+        self.lock().state = state;
+    }
+
+    /// Notes a failed pass; the number of those so far.
+    fn fail(&self, error: &SourceError) -> u32 {
+        let mut inner = self.lock();
+        inner.state = HydrationState::Waiting;
+        inner.failures = inner.failures.saturating_add(1);
+        inner.last_error = Some(error.to_string());
+        inner.failures
+    }
+
+    pub(crate) fn progress(&self, layer: &Layer) -> Progress {
+        let inner = self.lock();
+        let state = match layer.state() {
+            LayerState::Lazy => inner.state,
+            LayerState::Verified => HydrationState::Verified,
+            LayerState::Quarantined { .. } => HydrationState::Quarantined,
+        };
+        Progress {
+            state,
+            blob_bytes: self.blob_bytes.load(Ordering::Relaxed),
+            blob_size: layer.toc().blob_size(),
+            bytes_present: layer.bytes_present(),
+            bytes_total: layer.bytes_total(),
+            last_error: inner.last_error.clone(),
+        }
+    }
+}
+
+/// The queue of layers to hydrate, with the switch that holds it back.
+pub(crate) struct Hydration {
+    shared: Arc<Shared>,
+    enabled: watch::Sender<bool>,
+    queue: Mutex<Queue>,
+}
+
+/// At most one place for each attached layer, as [`Status`] sees to.
+#[derive(Default)]
+struct Queue {
+    waiting: VecDeque<Arc<Attached>>,
+    running: usize,
+}
+
+impl Hydration {
+    pub(crate) fn new(shared: Arc<Shared>) -> Arc<Self> {
+        Arc::new(Self { shared, enabled: watch::Sender::new(true), queue: Mutex::default() })
+    }
+
+    pub(crate) fn set_enabled(&self, enabled: bool) {
+        self.enabled.send_if_modified(|before| std::mem::replace(before, enabled) != enabled);
+    }
+
+    /// Queues a layer that is neither queued, under way nor done.
+    pub(crate) fn submit(self: &Arc<Self>, attached: &Arc<Attached>) {
+        if attached.layer.state() != LayerState::Lazy {
+            return;
+        }
+        {
+            let mut status = attached.hydration.lock();
+            if status.state != HydrationState::Idle {
+                return;
+            }
+            status.state = HydrationState::Queued;
+        }
+        self.enqueue(attached.clone());
+    }
+
+    fn enqueue(self: &Arc<Self>, attached: Arc<Attached>) {
+        self.queue.lock().unwrap_or_else(PoisonError::into_inner).waiting.push_back(attached);
+        self.advance();
+    }
+
+    /// Starts what may run now.
+    fn advance(self: &Arc<Self>) {
+        let mut queue = self.queue.lock().unwrap_or_else(PoisonError::into_inner);
+        while queue.running < self.shared.options.hydrations.max(1) {
+            let Some(attached) = queue.waiting.pop_front() else { break };
+            if attached.cancel.is_cancelled() {
+                continue;
+            }
+            queue.running += 1;
+            let turn = Turn(self.clone());
+            self.shared.runtime.spawn(async move { turn.0.run(&attached).await });
+        }
+    }
+
+    async fn run(self: &Arc<Self>, attached: &Arc<Attached>) {
+        attached.hydration.set(HydrationState::Running);
+        let Some(verdict) = attached.cancel.run_until_cancelled(self.pass(attached)).await else { return };
+        let layer = attached.layer.digest();
+        match verdict {
+            Ok(()) => {
+                attached.hydration.set(HydrationState::Verified);
+                tracing::info!({ names::LAYER } = %layer, "layer is local and verified");
+                self.shared.events.verified(&layer);
+            }
+            Err(Failure::Quarantine(reason)) => {
+                attached.hydration.set(HydrationState::Quarantined);
+                tracing::error!({ names::LAYER } = %layer, %reason, "layer is quarantined: its TOC is wrong");
+                self.shared.events.quarantined(&layer, &reason);
+            }
+            Err(Failure::Again(error)) => {
+                let failures = attached.hydration.fail(&error);
+                tracing::warn!(
+                    { names::LAYER } = %layer, { names::CODE } = error.kind.code(), %error, failures, "hydration failed",
+                );
+                self.shared.events.failed(&layer, &error);
+                self.again_later(attached.clone(), failures);
+            }
+        }
+    }
+
+    /// Queues the layer again after a pause, during which others have its place.
+    fn again_later(self: &Arc<Self>, attached: Arc<Attached>, failures: u32) {
+        let hydration = self.clone();
+        let pause = self.shared.options.hydration_pause(failures);
+        self.shared.runtime.spawn(async move {
+            if attached.cancel.run_until_cancelled(tokio::time::sleep(pause)).await.is_some() {
+                attached.hydration.set(HydrationState::Queued);
+                hydration.enqueue(attached);
+            }
+        });
+    }
+
+    /// Reads the whole blob once, stores it and judges it.
+    async fn pass(&self, attached: &Arc<Attached>) -> Result<(), Failure> {
+        let shared = &*self.shared;
+        let pass = Pass { shared, attached, enabled: self.enabled.subscribe(), used: Mutex::default() };
+        attached.hydration.blob_bytes.store(0, Ordering::Relaxed);
+        let (sender, parts) = mpsc::channel(1);
+        let (layer, budget) = (attached.layer.clone(), shared.options.budget);
+        let built = shared.runtime.spawn_blocking(move || rebuild(&layer, parts, budget));
+        let fed = feed(&pass, sender).await;
+        let verdict = match (built.await, fed) {
+            (Err(error), _) => Verdict::Failed(SourceError::new(ErrorKind::Local, format!("builder failed: {error}"))),
+            // The builder was told nothing but that the parts ended.
+            (Ok(_), Err(error)) => Verdict::Failed(error),
+            (Ok(verdict), Ok(())) => verdict,
+        };
+        match verdict {
+            Verdict::Failed(error) => Err(Failure::Again(error)),
+            Verdict::WrongBytes => Err(Failure::Again(blame(&pass))),
+            Verdict::WrongToc(reason) => {
+                self.blocking(attached, {
+                    let reason = reason.clone();
+                    move |layer| layer.quarantine(&reason)
+                })
+                .await?;
+                Err(Failure::Quarantine(reason))
+            }
+            Verdict::Proven => self.blocking(attached, |layer| layer.sync().and_then(|()| layer.set_verified())).await,
+        }
+    }
+
+    async fn blocking(
+        &self,
+        attached: &Attached,
+        work: impl FnOnce(&Layer) -> Result<(), millstream_chunkstore::StoreError> + Send + 'static,
+    ) -> Result<(), Failure> {
+        let layer = attached.layer.clone();
+        match self.shared.runtime.spawn_blocking(move || work(&layer)).await {
+            Ok(result) => result.map_err(|e| Failure::Again(store_failed(e))),
+            Err(error) => Err(Failure::Again(SourceError::new(ErrorKind::Local, error.to_string()))),
+        }
+    }
+}
+
+/// Why a pass did not end with a verified layer.
+enum Failure {
+    Quarantine(String),
+    Again(SourceError),
+}
+
+/// One of the places of layers under way; given on when it is dropped, however the task ends.
+struct Turn(Arc<Hydration>);
+
+impl Drop for Turn {
+    fn drop(&mut self) {
+        self.0.queue.lock().unwrap_or_else(PoisonError::into_inner).running -= 1;
+        self.0.advance();
+    }
+}
+
+/// Fetches the parts, a few at once, and hands them on in order. Ends early when the builder takes no more.
+async fn feed(pass: &Pass<'_>, sender: mpsc::Sender<bytes::Bytes>) -> Result<(), SourceError> {
+    let options = &pass.shared.options;
+    let (size, step) = (pass.attached.layer.toc().blob_size(), options.part_size.max(1));
+    let ranges =
+        (0..size.div_ceil(step)).map(|part| BlobRange::new(part * step, size.min((part + 1).saturating_mul(step))));
+    let mut parts = std::pin::pin!(
+        futures::stream::iter(ranges).map(|range| pass.part(range)).buffered(options.parts_in_flight.max(1))
+    );
+    while let Some(part) = parts.next().await {
+        let part = part?;
+        pass.attached.hydration.blob_bytes.fetch_add(part.len() as u64, Ordering::Relaxed);
+        if sender.send(part).await.is_err() {
+            return Ok(());
+        }
+    }
+    Ok(())
+}
+
+/// The bytes were not the blob: any source that gave some of them is asked last next time.
+fn blame(pass: &Pass<'_>) -> SourceError {
+    pass.shared.tally.mismatch();
+    for source in pass.used.lock().unwrap_or_else(PoisonError::into_inner).iter() {
+        source.blame();
+    }
+    let message = format!("blob {} does not match its digest", pass.attached.layer.digest());
+    SourceError::new(ErrorKind::DigestMismatch, message)
+}

@@ -1,0 +1,23 @@
+#![doc = include_str!("../README.md")]
+
+mod around;
+mod attached;
+mod counters;
+mod deliver;
+mod extract;
+mod fetcher;
+mod flight;
+mod gate;
+mod hydrate;
+mod options;
+mod part;
+pub mod plan;
+pub mod queue;
+mod rebuild;
+mod windows;
+
+pub use attached::ImageSources;
+pub use counters::Counters;
+pub use fetcher::{FetchEvents, Fetcher};
+pub use hydrate::{HydrationState, Progress};
+pub use options::{FetchOptions, Jitter, RandomJitter};

@@ -1,0 +1,281 @@
+//! Who may send the next request. No I/O, no clock: time is what the caller says it is.
+
+use std::collections::{HashMap, VecDeque};
+use std::time::Duration;
+
+use millstream_source::Priority;
+
+/// Bounds of a [`Scheduler`].
+#[derive(Debug, Clone, Copy)]
+pub struct Limits {
+    /// Requests that run at once; the last free slot is only given to [`Priority::Demand`]. At least 2.
+    pub slots: usize,
+    /// How many of them may be [`Priority::Hydrate`].
+    pub hydrate_slots: usize,
+    /// Requests that may wait, in the order of [`Priority`].
+    pub waiting: [usize; 3],
+    /// While demand is active, one hydration request starts in this time.
+    pub starvation: Duration,
+}
+
+/// A request that waits or runs.
+#[derive(Debug, Clone, Copy, PartialEq, Eq, Hash, PartialOrd, Ord)]
+pub struct Ticket(u64);
+
+/// A bounded queue for each priority over a bounded number of slots.
+#[derive(Debug)]
+pub struct Scheduler {
+    limits: Limits,
+    next: u64,
+    waiting: [VecDeque<Ticket>; 3],
+    running: HashMap<Ticket, Priority>,
+    last_hydrate: Duration,
+}
+
+/// Place of a priority in arrays.
+pub(crate) const fn class(priority: Priority) -> usize {
+    match priority {
+        Priority::Demand => 0,
+        Priority::Prefetch => 1,
+        Priority::Hydrate => 2,
+    }
+}
+
+impl Scheduler {
+    /// Nothing waits, nothing runs.
+    #[must_use]
+    pub fn new(limits: Limits) -> Self {
+        let limits = Limits { slots: limits.slots.max(2), hydrate_slots: limits.hydrate_slots.max(1), ..limits };
+        Self { limits, next: 0, waiting: Default::default(), running: HashMap::new(), last_hydrate: Duration::ZERO }
+    }
+
+    /// Queues a request; `None` when the queue of its priority is full.
+    pub fn submit(&mut self, priority: Priority) -> Option<Ticket> {
+        let queue = &mut self.waiting[class(priority)];
+        if queue.len() >= self.limits.waiting[class(priority)] {
+            return None;
+        }
+        let ticket = Ticket(self.next);
+        self.next += 1;
+        queue.push_back(ticket);
+        Some(ticket)
+    }
+
+    /// Makes a request at least as urgent as `priority`, wherever it is. The bound of the queue does not hold it back:
+    /// it was counted in another one.
+    pub fn raise(&mut self, ticket: Ticket, priority: Priority) {
+        if let Some(running) = self.running.get_mut(&ticket) {
+            *running = priority.min(*running);
+            return;
+        }
+        for lower in class(priority) + 1..self.waiting.len() {
+            if let Some(at) = self.waiting[lower].iter().position(|waiting| *waiting == ticket) {
+                self.waiting[lower].remove(at);
+                self.waiting[class(priority)].push_back(ticket);
+                return;
+            }
+        }
+    }
+
+    /// Forgets a request, whether it waited or ran.
+    pub fn finish(&mut self, ticket: Ticket) {
+        if self.running.remove(&ticket).is_none() {
+            for queue in &mut self.waiting {
+                queue.retain(|waiting| *waiting != ticket);
+            }
+        }
+    }
+
+    /// The next request that may run at time `now`, which then runs. Call until it gives `None`.
+    pub fn grant(&mut self, now: Duration) -> Option<Ticket> {
+        let free = self.limits.slots.saturating_sub(self.running.len());
+        // The last free slot may go to an overdue hydration only while demand has others: one is always kept for demand.
+        let demand_elsewhere = self.count(Priority::Demand) > 0;
+        let overdue = self.hydrate_overdue(now) && (free > 1 || (self.demand_waits() && demand_elsewhere));
+        let order: &[Priority] = if free == 0 {
+            &[]
+        } else if overdue {
+            &[Priority::Hydrate, Priority::Demand, Priority::Prefetch]
+        } else if free == 1 {
+            &[Priority::Demand]
+        } else if self.demand_active() {
+            &[Priority::Demand, Priority::Prefetch]
+        } else {
+            &[Priority::Prefetch, Priority::Hydrate]
+        };
+        order.iter().find_map(|priority| self.start(*priority, now))
+    }
+
+    fn start(&mut self, priority: Priority, now: Duration) -> Option<Ticket> {
+        if priority == Priority::Hydrate {
+            if self.count(Priority::Hydrate) >= self.limits.hydrate_slots {
+                return None;
+            }
+            let ticket = self.waiting[class(priority)].pop_front()?;
+            self.last_hydrate = now;
+            self.running.insert(ticket, priority);
+            return Some(ticket);
+        }
+        let ticket = self.waiting[class(priority)].pop_front()?;
+        self.running.insert(ticket, priority);
+        Some(ticket)
+    }
+
+    fn count(&self, priority: Priority) -> usize {
+        self.running.values().filter(|running| **running == priority).count()
+    }
+
+    fn hydrate_overdue(&self, now: Duration) -> bool {
+        now.saturating_sub(self.last_hydrate) >= self.limits.starvation
+            && !self.waiting[class(Priority::Hydrate)].is_empty()
+            && self.count(Priority::Hydrate) == 0
+    }
+
+    /// Whether a reader's request waits or runs.
+    #[must_use]
+    pub fn demand_active(&self) -> bool {
+        self.demand_waits() || self.count(Priority::Demand) > 0
+    }
+
+    fn demand_waits(&self) -> bool {
+        !self.waiting[class(Priority::Demand)].is_empty()
+    }
+
+    /// When to call [`Scheduler::grant`] even though nothing changed: a hydration that waits for demand becomes overdue.
+    #[must_use]
+    pub fn next_due(&self) -> Option<Duration> {
+        (self.demand_active() && !self.waiting[class(Priority::Hydrate)].is_empty())
+            .then(|| self.last_hydrate.saturating_add(self.limits.starvation))
+    }
+
+    /// Number of requests that run.
+    #[must_use]
+    pub fn running(&self) -> usize {
+        self.running.len()
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+    use Priority::{Demand, Hydrate, Prefetch};
+    use proptest::prelude::*;
+
+    const SECOND: Duration = Duration::from_secs(1);
+
+    fn scheduler(slots: usize) -> Scheduler {
+        Scheduler::new(Limits { slots, hydrate_slots: 2, waiting: [64, 3, 64], starvation: SECOND })
+    }
+
+    fn drain(scheduler: &mut Scheduler, now: Duration) -> Vec<Ticket> {
+        std::iter::from_fn(|| scheduler.grant(now)).collect()
+    }
+
+    #[test]
+    fn the_urgent_overtake_and_equals_keep_their_order() {
+        let mut s = scheduler(8);
+        let tickets: Vec<_> =
+            [Hydrate, Prefetch, Demand, Prefetch, Demand].into_iter().map(|p| s.submit(p).unwrap()).collect();
+        let granted = drain(&mut s, Duration::ZERO);
+        assert_eq!(granted, [2, 4, 1, 3].map(|i: usize| tickets[i]));
+    }
+
+    #[test]
+    fn one_slot_is_kept_for_demand() {
+        let mut s = scheduler(3);
+        for _ in 0..3 {
+            s.submit(Prefetch).unwrap();
+        }
+        assert_eq!(drain(&mut s, Duration::ZERO).len(), 2);
+        let demand = s.submit(Demand).unwrap();
+        assert_eq!(drain(&mut s, Duration::ZERO), [demand]);
+    }
+
+    #[test]
+    fn hydration_waits_for_demand_but_not_forever() {
+        let mut s = scheduler(4);
+        let first = s.submit(Hydrate).unwrap();
+        assert_eq!(drain(&mut s, 10 * SECOND), [first]);
+        s.finish(first);
+        let demand = s.submit(Demand).unwrap();
+        let second = s.submit(Hydrate).unwrap();
+        assert_eq!(drain(&mut s, 10 * SECOND), [demand]);
+        assert_eq!(s.next_due(), Some(11 * SECOND));
+        assert_eq!(drain(&mut s, 11 * SECOND), [second]);
+        s.finish(demand);
+        let third = s.submit(Hydrate).unwrap();
+        assert_eq!(drain(&mut s, 11 * SECOND), [third]);
+    }
+
+    #[test]
+    fn hydration_is_not_starved_by_a_full_house() {
+        let mut s = scheduler(2);
+        s.submit(Hydrate).unwrap();
+        let mut running: VecDeque<_> = (0..2).map(|_| s.submit(Demand).unwrap()).collect();
+        assert_eq!(running, drain(&mut s, Duration::ZERO));
+        s.submit(Demand).unwrap();
+        s.finish(running.pop_front().unwrap());
+        assert!(s.grant(SECOND).is_some());
+        assert_eq!(s.count(Hydrate), 1);
+    }
+
+    #[test]
+    fn a_full_queue_refuses() {
+        let mut s = scheduler(2);
+        for _ in 0..3 {
+            s.submit(Prefetch).unwrap();
+        }
+        assert!(s.submit(Prefetch).is_none());
+        assert!(s.submit(Demand).is_some());
+    }
+
+    #[test]
+    fn raising_moves_a_waiting_request_and_marks_a_running_one() {
+        let mut s = scheduler(2);
+        let running = s.submit(Prefetch).unwrap();
+        let waiting = s.submit(Prefetch).unwrap();
+        assert_eq!(drain(&mut s, Duration::ZERO), [running]);
+        s.raise(waiting, Demand);
+        assert_eq!(drain(&mut s, Duration::ZERO), [waiting]);
+        s.raise(running, Demand);
+        s.finish(waiting);
+        assert!(s.demand_active());
+        s.raise(running, Hydrate);
+        assert!(s.demand_active());
+        s.finish(running);
+        assert!(!s.demand_active());
+    }
+
+    proptest! {
+        #[test]
+        fn bounds_hold_and_everything_gets_its_turn(operations in proptest::collection::vec((0u8..5, any::<proptest::sample::Index>()), 1..120)) {
+            let mut s = scheduler(4);
+            let (mut live, mut running) = (Vec::new(), Vec::new());
+            let mut now = Duration::ZERO;
+            for (operation, pick) in operations {
+                match operation {
+                    0..3 => live.extend(s.submit([Demand, Prefetch, Hydrate][operation as usize])),
+                    3 if !live.is_empty() => {
+                        let ticket = live.swap_remove(pick.index(live.len()));
+                        running.retain(|other| *other != ticket);
+                        s.finish(ticket);
+                    }
+                    _ => now += SECOND / 4,
+                }
+                running.extend(drain(&mut s, now));
+                prop_assert_eq!(running.len(), s.running());
+                prop_assert!(s.running() <= 4 && s.count(Hydrate) <= 2);
+                prop_assert!(s.count(Demand) > 0 || s.running() < 4);
+                prop_assert!(s.waiting[0].is_empty() || s.running() == 4);
+            }
+            // When those that run come to their end, every one that waits runs some time.
+            for _ in 0..live.len() {
+                let Some(ticket) = running.pop() else { break };
+                s.finish(ticket);
+                now += SECOND;
+                running.extend(drain(&mut s, now));
+            }
+            prop_assert!(s.waiting.iter().all(VecDeque::is_empty));
+        }
+    }
+}

@@ -1,0 +1,17 @@
+#![doc = include_str!("../README.md")]
+
+mod auth;
+mod credential;
+mod docker_config;
+mod endpoint;
+mod failure;
+mod hosts;
+mod options;
+mod repository;
+mod transport;
+
+pub use credential::{Credential, Secret};
+pub use docker_config::docker_config_credential;
+pub use millstream_oci::TagOrDigest;
+pub use options::RegistryOptions;
+pub use repository::{Fetched, Registry, Repository};

@@ -1,0 +1,274 @@
+//! File content of layers: spans from the registry, decompressed, verified chunk by chunk, kept in memory for a while.
+
+use std::collections::{BTreeMap, BTreeSet};
+use std::hash::{BuildHasher, RandomState};
+use std::ops::Range;
+use std::sync::{Arc, Mutex, MutexGuard, PoisonError};
+
+use bytes::{Bytes, BytesMut};
+use futures::TryStreamExt;
+use millstream_oci::Digest;
+use millstream_source::BlobSource;
+use millstream_toc::format::{ChunkIx, SpanIx};
+use millstream_toc::pack::unpack;
+use millstream_toc::read::Chunk;
+use millstream_toc::span::{SpanError, SpanExtractor};
+use millstream_toc::{BlobRange, DataRange, FormatError, Toc};
+
+use crate::ServeError;
+use crate::blob::{ChannelReader, channel, pump};
+use crate::bounded::Bounded;
+use crate::store::Store;
+
+/// Bytes of memory for what was read lately.
+#[derive(Debug, Clone)]
+pub struct ContentOptions {
+    /// For TOCs.
+    pub toc_cache: u64,
+    /// For verified chunks.
+    pub chunk_cache: u64,
+    /// A TOC that is larger than this (canonical form) is not read.
+    pub max_toc: u64,
+}
+
+impl Default for ContentOptions {
+    fn default() -> Self {
+        Self { toc_cache: 128 << 20, chunk_cache: 128 << 20, max_toc: 1 << 30 }
+    }
+}
+
+/// How often a random chunk is drawn until one is found that is not a hole.
+const DRAWS: u64 = 64;
+
+/// Reads content.
+pub(crate) struct Content {
+    store: Store,
+    options: ContentOptions,
+    tocs: Mutex<Bounded<Digest, Arc<Toc>>>,
+    chunks: Arc<ChunkCache>,
+}
+
+type ChunkCache = Mutex<Bounded<(Digest, ChunkIx), Bytes>>;
+
+impl Content {
+    pub(crate) fn new(store: Store, options: ContentOptions) -> Self {
+        let tocs = Mutex::new(Bounded::new(options.toc_cache));
+        let chunks = Arc::new(Mutex::new(Bounded::new(options.chunk_cache)));
+        Self { store, options, tocs, chunks }
+    }
+
+    /// The TOC of `blob`.
+    pub(crate) async fn toc(&self, blob: &Digest) -> Result<Arc<Toc>, ServeError> {
+        if let Some(toc) = lock(&self.tocs).get(blob) {
+            return Ok(toc);
+        }
+        let mut pieces =
+            self.store.toc(blob).await?.ok_or_else(|| ServeError::NotImported { image: blob.to_string() })?;
+        let mut packed = BytesMut::new();
+        while let Some(piece) = pieces.try_next().await? {
+            packed.extend_from_slice(&piece);
+            if packed.len() as u64 > self.options.max_toc {
+                return Err(toc_error(blob)(FormatError::Damaged { what: "larger than the limit" }));
+            }
+        }
+        let max = self.options.max_toc;
+        let toc = blocking(move || unpack(&packed, max).and_then(Toc::open)).await?.map_err(toc_error(blob))?;
+        if toc.blob_digest() != *blob {
+            return Err(toc_error(blob)(FormatError::Damaged { what: "it is of another layer" }));
+        }
+        let toc = Arc::new(toc);
+        lock(&self.tocs).insert(*blob, Arc::clone(&toc), toc.as_bytes().len() as u64);
+        Ok(toc)
+    }
+
+    /// The bytes of `range` of the data address space, which must lie within it. Gaps and holes read as zeros. The answer is
+    /// held in memory as a whole.
+    pub(crate) async fn read(
+        &self,
+        toc: &Arc<Toc>,
+        source: &dyn BlobSource,
+        range: DataRange,
+    ) -> Result<Bytes, ServeError> {
+        let blob = toc.blob_digest();
+        let chunks = toc.chunks_in(range).map_err(toc_error(&blob))?;
+        let mut found: BTreeMap<ChunkIx, Bytes> = BTreeMap::new();
+        let mut needed: BTreeSet<SpanIx> = BTreeSet::new();
+        for chunk in &chunks {
+            // Bound to a name: the lock must not be held over the arms.
+            let cached = lock(&self.chunks).get(&(blob, chunk.ix));
+            match cached {
+                Some(bytes) => drop(found.insert(chunk.ix, bytes)),
+                None => needed.extend(toc.spans_for(chunk.data).map_err(toc_error(&blob))?),
+            }
+        }
+        for run in runs(&needed) {
+            let wanted = chunks.iter().map(|chunk| chunk.ix).collect();
+            found.extend(self.extract(toc, source, run, wanted).await?);
+        }
+        let mut out = vec![0; usize::try_from(range.len()).map_err(|_| too_long())?];
+        for chunk in &chunks {
+            match found.get(&chunk.ix) {
+                Some(bytes) => place(&mut out, range, chunk.data, bytes),
+                None if toc.is_hole(chunk.ix).map_err(toc_error(&blob))? => (),
+                None => {
+                    let what = format!("layer {blob}: chunk {} does not come out of its spans", chunk.ix);
+                    return Err(ServeError::Mismatch { what });
+                }
+            }
+        }
+        Ok(out.into())
+    }
+
+    /// Whether `source` really has the blob of `toc`: reads one chunk, chosen by chance, past every cache. `Ok(false)` when
+    /// the layer has no content to ask for.
+    ///
+    /// A TOC is found by the blob's digest alone, and a digest is no secret. Who cannot show the bytes is not given what is
+    /// derived from them.
+    pub(crate) async fn prove(&self, toc: &Arc<Toc>, source: &dyn BlobSource) -> Result<bool, ServeError> {
+        let blob = toc.blob_digest();
+        let seed = RandomState::new();
+        let Some(count) = Some(u64::from(toc.chunk_count())).filter(|count| *count > 0) else { return Ok(false) };
+        for draw in 0..DRAWS {
+            let Ok(ix) = ChunkIx::try_from(seed.hash_one(draw) % count) else { break };
+            if toc.is_hole(ix).map_err(toc_error(&blob))? {
+                continue;
+            }
+            let chunk = toc.chunk(ix).map_err(toc_error(&blob))?;
+            let spans = toc.spans_for(chunk.data).map_err(toc_error(&blob))?.into_iter().collect();
+            for run in runs(&spans) {
+                if self.extract(toc, source, run, BTreeSet::from([ix])).await?.iter().any(|(found, _)| *found == ix) {
+                    return Ok(true);
+                }
+            }
+            let what = format!("layer {blob}: chunk {ix} does not come out of its spans");
+            return Err(ServeError::Mismatch { what });
+        }
+        Ok(false)
+    }
+
+    /// Fetches the consecutive `spans` and decompresses them. All chunks that come out go to the cache, the `wanted` ones
+    /// also to the caller.
+    async fn extract(
+        &self,
+        toc: &Arc<Toc>,
+        source: &dyn BlobSource,
+        spans: Range<SpanIx>,
+        wanted: BTreeSet<ChunkIx>,
+    ) -> Result<Vec<(ChunkIx, Bytes)>, ServeError> {
+        let blob = toc.blob_digest();
+        let first = toc.span(spans.start).map_err(toc_error(&blob))?;
+        let last = toc.span(spans.end.saturating_sub(1)).map_err(toc_error(&blob))?;
+        let window = self.window(toc, spans.start).await?;
+        let (sender, mut reader) = channel();
+        let cache = Arc::clone(&self.chunks);
+        let for_thread = Arc::clone(toc);
+        let extracted = blocking(move || {
+            let keep = |chunk: Chunk, bytes: &Bytes| {
+                lock(&cache).insert((blob, chunk.ix), bytes.clone(), bytes.len() as u64);
+            };
+            extract_chunks(&for_thread, spans.start, &window, &mut reader, &wanted, &keep)
+        });
+        let range = BlobRange::new(first.blob.start, last.blob.end);
+        let (pumped, extracted) = tokio::join!(pump(source, &blob, range, sender, &|_| ()), extracted);
+        pumped?;
+        extracted?.map_err(|error| ServeError::Mismatch { what: format!("layer {blob}: {error}") })
+    }
+
+    /// The window of `span`, raw and verified.
+    async fn window(&self, toc: &Toc, span: SpanIx) -> Result<Vec<u8>, ServeError> {
+        let blob = toc.blob_digest();
+        let damaged = || ServeError::Internal { what: format!("stored window {span} of layer {blob} is damaged") };
+        let record = toc.span(span).map_err(toc_error(&blob))?;
+        if record.window_len == 0 {
+            return Ok(Vec::new());
+        }
+        let packed = self.store.windows(&blob, toc.span_count(), span, span + 1).await?;
+        let raw = packed.first().and_then(|packed| crate::windows::unpack(packed).ok()).ok_or_else(damaged)?;
+        if toc.verify_window(span, &raw) { Ok(raw) } else { Err(damaged()) }
+    }
+}
+
+/// Decompresses what `reader` gives, which starts with span `first`.
+fn extract_chunks(
+    toc: &Toc,
+    first: SpanIx,
+    window: &[u8],
+    reader: &mut ChannelReader,
+    wanted: &BTreeSet<ChunkIx>,
+    keep: &dyn Fn(Chunk, &Bytes),
+) -> Result<Vec<(ChunkIx, Bytes)>, SpanError> {
+    let mut extractor = SpanExtractor::new(toc, first, window)?;
+    let mut found = Vec::new();
+    while let Some(piece) = reader.next() {
+        extractor.push(&piece, &mut |chunk, bytes| {
+            let bytes = Bytes::copy_from_slice(bytes);
+            keep(chunk, &bytes);
+            if wanted.contains(&chunk.ix) {
+                found.push((chunk.ix, bytes));
+            }
+        })?;
+    }
+    Ok(found)
+}
+
+/// Copies the part of `bytes` (which lie at `at`) that falls into `range` to its place in `out` (which is `range`).
+fn place(out: &mut [u8], range: DataRange, at: DataRange, bytes: &[u8]) {
+    let Some(both) = range.intersect(&at) else { return };
+    let inside = |base: u64| usize::try_from(both.start - base).ok().zip(usize::try_from(both.end - base).ok());
+    let (Some((out_start, out_end)), Some((start, end))) = (inside(range.start), inside(at.start)) else { return };
+    if let (Some(out), Some(bytes)) = (out.get_mut(out_start..out_end), bytes.get(start..end)) {
+        out.copy_from_slice(bytes);
+    }
+}
+
+/// Consecutive spans, as ranges.
+fn runs(spans: &BTreeSet<SpanIx>) -> Vec<Range<SpanIx>> {
+    let mut runs: Vec<Range<SpanIx>> = Vec::new();
+    for span in spans {
+        match runs.last_mut() {
+            Some(run) if run.end == *span => run.end += 1,
+            _ => runs.push(*span..*span + 1),
+        }
+    }
+    runs
+}
+
+/// Runs `work` where it may block or compute for long.
+pub(crate) async fn blocking<T: Send + 'static>(work: impl FnOnce() -> T + Send + 'static) -> Result<T, ServeError> {
+    let failed = |error: tokio::task::JoinError| ServeError::Internal { what: format!("worker thread: {error}") };
+    tokio::task::spawn_blocking(work).await.map_err(failed)
+}
+
+pub(crate) fn toc_error(blob: &Digest) -> impl Fn(FormatError) -> ServeError + use<> {
+    let layer = *blob;
+    move |source| ServeError::Toc { layer, source }
+}
+
+fn too_long() -> ServeError {
+    ServeError::Invalid { what: "more bytes than fit into memory".to_owned() }
+}
+
+fn lock<T>(mutex: &Mutex<T>) -> MutexGuard<'_, T> {
+    mutex.lock().unwrap_or_else(PoisonError::into_inner)
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn runs_are_consecutive() {
+        assert_eq!(runs(&BTreeSet::from([1, 2, 3, 7, 9, 10])), [1..4, 7..8, 9..11]);
+        assert!(runs(&BTreeSet::new()).is_empty());
+    }
+
+    #[test]
+    fn chunks_are_placed_by_overlap() {
+        let mut out = vec![0; 6];
+        let range = DataRange::new(10, 16);
+        place(&mut out, range, DataRange::new(8, 12), b"abcd");
+        place(&mut out, range, DataRange::new(14, 20), b"efghij");
+        place(&mut out, range, DataRange::new(20, 21), b"x");
+        assert_eq!(out, b"cd\0\0ef");
+    }
+}

@@ -1,0 +1,25 @@
+#![doc = include_str!("../README.md")]
+
+mod access;
+mod answer;
+mod blob;
+mod bounded;
+mod content;
+mod convert;
+mod error;
+mod import;
+mod layer;
+mod limits;
+pub mod listen;
+mod service;
+pub mod store;
+pub mod windows;
+
+pub use access::AccessOptions;
+pub use content::ContentOptions;
+pub use error::ServeError;
+pub use import::ImportOptions;
+pub use limits::LimitOptions;
+pub use listen::{ListenError, ListenOptions, Listener, TlsFiles};
+pub use service::{ImagesService, ServiceOptions};
+pub use store::{Store, StoreError};

@@ -1,0 +1,79 @@
+//! `millstream-server`: settings, log, signals; all else is in the library.
+
+mod settings;
+
+use std::path::PathBuf;
+use std::process::ExitCode;
+
+use anyhow::Context;
+use clap::Parser;
+use millstream_registry::Registry;
+use millstream_server::{ImagesService, Listener, Store};
+use tokio::signal::unix::{SignalKind, signal};
+use tracing_subscriber::EnvFilter;
+
+use crate::settings::{LogFormat, LogSettings, Settings};
+
+/// Makes and serves tables of contents of container images, so that containers start before their image has arrived.
+#[derive(Debug, Parser)]
+#[command(version)]
+struct Arguments {
+    /// Settings file (TOML).
+    #[arg(long, value_name = "FILE")]
+    config: PathBuf,
+    /// Check the settings file and exit.
+    #[arg(long)]
+    check_config: bool,
+}
+
+fn main() -> ExitCode {
+    match start(&Arguments::parse()) {
+        Ok(()) => ExitCode::SUCCESS,
+        Err(error) => {
+            eprintln!("millstream-server: {error:#}");
+            ExitCode::FAILURE
+        }
+    }
+}
+
+fn start(arguments: &Arguments) -> anyhow::Result<()> {
+    let settings = Settings::read(&arguments.config)?;
+    if arguments.check_config {
+        println!("{}: settings are fine", arguments.config.display());
+        return Ok(());
+    }
+    start_log(&settings.log)?;
+    // Refused only when something else in this process chose a provider already.
+    let _ = rustls::crypto::ring::default_provider().install_default();
+    let runtime = tokio::runtime::Builder::new_multi_thread().enable_all().build().context("starting the runtime")?;
+    runtime.block_on(run(settings))
+}
+
+async fn run(settings: Settings) -> anyhow::Result<()> {
+    let mut terminate = signal(SignalKind::terminate())?;
+    let mut interrupt = signal(SignalKind::interrupt())?;
+    let store = Store::open(&settings.store)?;
+    let registry = Registry::new(settings.registry_options())?;
+    let service = ImagesService::new(store, registry, settings.service_options());
+    let listener = Listener::bind(&settings.listen_options())?;
+    tracing::info!(address = %listener.address(), store = %settings.store, tls = settings.tls.is_some(), "listening");
+    let shutdown = async {
+        tokio::select! {
+            _ = terminate.recv() => (),
+            _ = interrupt.recv() => (),
+        }
+        tracing::info!("shutting down");
+    };
+    listener.serve(service, shutdown).await?;
+    Ok(())
+}
+
+fn start_log(settings: &LogSettings) -> anyhow::Result<()> {
+    let filter = EnvFilter::try_new(&settings.level).with_context(|| format!("log.level {:?}", settings.level))?;
+    let log = tracing_subscriber::fmt().with_env_filter(filter).with_writer(std::io::stderr);
+    match settings.format {
+        LogFormat::Text => log.init(),
+        LogFormat::Json => log.json().init(),
+    }
+    Ok(())
+}

@@ -1,0 +1,507 @@
+//! The gRPC service: who asks for what, and what they get.
+
+use std::collections::HashSet;
+use std::net::IpAddr;
+use std::sync::{Arc, Mutex, PoisonError};
+use std::time::Duration;
+
+use futures::TryStreamExt;
+use millstream_oci::{Digest, Document, ImageRef, ManifestDigest, Platform, parse_document, select_platform};
+use millstream_registry::{Registry, Repository};
+use millstream_source::{ErrorKind, SourceError, names};
+use millstream_toc::format::Kind;
+use millstream_toc::{DataRange, Toc};
+use millstream_wire::millstream::v1::{self, get_image_response::Part, images_server::Images};
+use tonic::{Request, Response, Status};
+use tracing::{Instrument, Span, info_span};
+
+use crate::ServeError;
+use crate::access::{Access, AccessKey, AccessOptions, Fingerprint};
+use crate::answer::{Answer, Reply, failure, stream};
+use crate::content::{Content, ContentOptions, toc_error};
+use crate::convert::{credential, layer_message, platform, progress_message};
+use crate::import::{ImportOptions, Importer, Progress, no_platform};
+use crate::limits::{LimitOptions, Limits};
+use crate::store::{ImageLayer, ImageRecord, LayerRecord, Store};
+
+/// Bytes of a packed TOC in one message; gRPC clients take 4 MiB by default.
+const TOC_PIECE: usize = 1 << 20;
+/// Bytes of content in one message.
+const CONTENT_PIECE: usize = 1 << 20;
+/// Bytes of content that one request holds in memory.
+const CONTENT_AT_ONCE: u64 = 4 << 20;
+/// Bytes that one request may ask for.
+const MAX_READ: u64 = 16 << 20;
+/// Spans that one request may ask for.
+const MAX_SPANS: u32 = 4096;
+/// Windows in one message: at most 32 KiB each, and hardly more when they do not compress.
+const WINDOWS_PIECE: u32 = 64;
+/// How often the progress of an import is told.
+const PROGRESS_EVERY: Duration = Duration::from_millis(500);
+
+/// What can be set.
+#[derive(Debug, Clone, Default)]
+pub struct ServiceOptions {
+    /// How long answers of registries count.
+    pub access: AccessOptions,
+    /// Bounds of concurrent requests.
+    pub limits: LimitOptions,
+    /// Bounds of imports.
+    pub import: ImportOptions,
+    /// Memory for what was read lately.
+    pub content: ContentOptions,
+    /// Whether `GetImage` of an image that is not imported starts its import.
+    pub import_on_demand: bool,
+    /// Registries that callers may name; empty: any.
+    pub allowed_registries: Vec<String>,
+}
+
+/// The `Images` service. Cheap to clone; serves in-process callers as well as a [`crate::Listener`].
+#[derive(Clone)]
+pub struct ImagesService {
+    inner: Arc<Inner>,
+}
+
+struct Inner {
+    store: Store,
+    registry: Registry,
+    access: Access,
+    limits: Limits,
+    content: Arc<Content>,
+    importer: Arc<Importer>,
+    import_on_demand: bool,
+    allowed_registries: Vec<String>,
+    /// Imports under way that nobody asked for by `Import`; as many as there are import permits at most.
+    on_demand: Mutex<HashSet<(String, ManifestDigest)>>,
+}
+
+/// A caller whose right to read was checked, and what it reads.
+struct Caller {
+    /// Pinned to the digest that was asked for.
+    image: ImageRef,
+    digest: ManifestDigest,
+    repository: Arc<Repository>,
+    platform: Platform,
+}
+
+impl std::fmt::Debug for ImagesService {
+    fn fmt(&self, f: &mut std::fmt::Formatter<'_>) -> std::fmt::Result {
+        f.debug_struct("ImagesService").field("store", &self.inner.store).finish_non_exhaustive()
+    }
+}
+
+impl ImagesService {
+    /// A service upon `store` that reads images through `registry`.
+    #[must_use]
+    pub fn new(store: Store, registry: Registry, options: ServiceOptions) -> Self {
+        let content = Arc::new(Content::new(store.clone(), options.content));
+        let importer = Arc::new(Importer::new(store.clone(), Arc::clone(&content), options.import));
+        let inner = Inner {
+            store,
+            registry,
+            access: Access::new(options.access),
+            limits: Limits::new(options.limits),
+            content,
+            importer,
+            import_on_demand: options.import_on_demand,
+            allowed_registries: options.allowed_registries,
+            on_demand: Mutex::default(),
+        };
+        Self { inner: Arc::new(inner) }
+    }
+}
+
+#[tonic::async_trait]
+impl Images for ImagesService {
+    type ImportStream = Reply<v1::ImportProgress>;
+    type GetImageStream = Reply<v1::GetImageResponse>;
+    type GetWindowsStream = Reply<v1::GetWindowsResponse>;
+    type ReadFileStream = Reply<v1::ReadFileResponse>;
+    type ReadDataStream = Reply<v1::ReadFileResponse>;
+
+    async fn import(&self, request: Request<v1::ImportRequest>) -> Result<Response<Self::ImportStream>, Status> {
+        let peer = peer(&request);
+        let request = request.into_inner();
+        let span = info_span!("import", { names::IMAGE } = %request.image);
+        Inner::import(Arc::clone(&self.inner), peer, request)
+            .instrument(span.clone())
+            .await
+            .map_err(|error| refused(&span, error))
+    }
+
+    async fn get_image(&self, request: Request<v1::GetImageRequest>) -> Result<Response<Self::GetImageStream>, Status> {
+        let peer = peer(&request);
+        let request = request.into_inner();
+        let span = info_span!("get_image", { names::IMAGE } = image_field(request.scope.as_ref()));
+        Inner::get_image(Arc::clone(&self.inner), peer, request)
+            .instrument(span.clone())
+            .await
+            .map_err(|error| refused(&span, error))
+    }
+
+    async fn get_windows(
+        &self,
+        request: Request<v1::GetWindowsRequest>,
+    ) -> Result<Response<Self::GetWindowsStream>, Status> {
+        let peer = peer(&request);
+        let request = request.into_inner();
+        let span = info_span!(
+            "get_windows",
+            { names::IMAGE } = image_field(request.scope.as_ref()),
+            { names::LAYER } = %request.layer,
+            first_span = request.first_span,
+            end_span = request.end_span,
+        );
+        Inner::get_windows(Arc::clone(&self.inner), peer, request)
+            .instrument(span.clone())
+            .await
+            .map_err(|error| refused(&span, error))
+    }
+
+    async fn read_file(&self, request: Request<v1::ReadFileRequest>) -> Result<Response<Self::ReadFileStream>, Status> {
+        let peer = peer(&request);
+        let request = request.into_inner();
+        let span = info_span!(
+            "read_file",
+            { names::IMAGE } = image_field(request.scope.as_ref()),
+            { names::LAYER } = %request.layer,
+            { names::PATH } = %String::from_utf8_lossy(&request.path),
+            { names::OFFSET } = request.offset,
+            { names::SIZE } = request.size,
+        );
+        Inner::read_file(Arc::clone(&self.inner), peer, request)
+            .instrument(span.clone())
+            .await
+            .map_err(|error| refused(&span, error))
+    }
+
+    async fn read_data(&self, request: Request<v1::ReadDataRequest>) -> Result<Response<Self::ReadDataStream>, Status> {
+        let peer = peer(&request);
+        let request = request.into_inner();
+        let span = info_span!(
+            "read_data",
+            { names::IMAGE } = image_field(request.scope.as_ref()),
+            { names::LAYER } = %request.layer,
+            { names::OFFSET } = request.offset,
+            { names::SIZE } = request.size,
+        );
+        Inner::read_data(Arc::clone(&self.inner), peer, request)
+            .instrument(span.clone())
+            .await
+            .map_err(|error| refused(&span, error))
+    }
+}
+
+impl Inner {
+    async fn import(
+        self: Arc<Self>,
+        peer: Option<IpAddr>,
+        request: v1::ImportRequest,
+    ) -> Result<Response<Reply<v1::ImportProgress>>, ServeError> {
+        let permit = self.limits.admit(peer)?;
+        let image = ImageRef::parse(&request.image).map_err(|error| ServeError::Invalid { what: error.to_string() })?;
+        self.check_registry(&image)?;
+        let repository = Arc::new(self.registry.repository(&image, credential(request.credential)));
+        let platform = platform(request.platform);
+        let import = self.importer.admit()?;
+        let progress = Arc::new(Progress::default());
+        // A task of its own: it goes on when the caller leaves, and the next caller finds it done.
+        let (importer, told) = (Arc::clone(&self.importer), Arc::clone(&progress));
+        let work = async move { importer.import(import, &repository, &image, &platform, &told).await };
+        let mut work = tokio::spawn(work.instrument(Span::current()));
+        Ok(stream(permit, async move |answer: Answer<v1::ImportProgress>| {
+            let mut tick = tokio::time::interval(PROGRESS_EVERY);
+            let imported = loop {
+                tokio::select! {
+                    done = &mut work => break done,
+                    _ = tick.tick() => answer.send(progress_message(&progress, None)).await?,
+                }
+            };
+            let imported = imported.map_err(|error| ServeError::Internal { what: error.to_string() })??;
+            tracing::info!(manifest = %imported.manifest, ineligible = imported.ineligible.len(), "image imported");
+            answer.send(progress_message(&progress, Some(imported))).await
+        }))
+    }
+
+    async fn get_image(
+        self: Arc<Self>,
+        peer: Option<IpAddr>,
+        request: v1::GetImageRequest,
+    ) -> Result<Response<Reply<v1::GetImageResponse>>, ServeError> {
+        let permit = self.limits.admit(peer)?;
+        let caller = self.authorise(request.scope).await?;
+        let image = match self.image(&caller).await {
+            Err(error @ ServeError::NotImported { .. }) => {
+                self.import_on_demand(caller);
+                return Err(error);
+            }
+            other => other?,
+        };
+        let mut layers = Vec::with_capacity(image.layers.len());
+        let mut to_send: Vec<Digest> = Vec::new();
+        for layer in &image.layers {
+            let record = self.layer_record(&caller, layer).await;
+            layers.push(match record {
+                Ok(record) => layer_message(layer, Ok(record.toc)),
+                Err(ServeError::NotEligible { reason, .. }) => layer_message(layer, Err(reason)),
+                Err(error) => return Err(error),
+            });
+            let known = request.known_layers.iter().any(|known| *known == layer.digest.to_string());
+            if layer.ineligible.is_none() && !known && !to_send.contains(&layer.digest) {
+                to_send.push(layer.digest);
+            }
+        }
+        if layers.iter().all(|layer| layer.toc_digest.is_empty()) {
+            let reason = layers.into_iter().map(|layer| layer.ineligible).next();
+            let reason = reason.unwrap_or_else(|| "it has no layers".to_owned());
+            return Err(ServeError::NotEligible { what: caller.image.to_string(), reason });
+        }
+        let head = v1::Image { manifest_digest: image.manifest.to_string(), layers };
+        Ok(stream(permit, async move |answer: Answer<v1::GetImageResponse>| {
+            answer.send(v1::GetImageResponse { part: Some(Part::Image(head)) }).await?;
+            for layer in to_send {
+                self.send_toc(&layer, &answer).await?;
+            }
+            Ok(())
+        }))
+    }
+
+    /// Sends one TOC as it lies in the store.
+    async fn send_toc(&self, layer: &Digest, answer: &Answer<v1::GetImageResponse>) -> Result<(), ServeError> {
+        let message = |packed: Vec<u8>, last| {
+            let toc = v1::TocPart { layer: layer.to_string(), packed, last };
+            v1::GetImageResponse { part: Some(Part::Toc(toc)) }
+        };
+        let mut pieces =
+            self.store.toc(layer).await?.ok_or_else(|| ServeError::NotImported { image: layer.to_string() })?;
+        let mut waiting: Vec<u8> = Vec::new();
+        while let Some(piece) = pieces.try_next().await? {
+            for part in piece.chunks(TOC_PIECE) {
+                if !waiting.is_empty() && waiting.len() + part.len() > TOC_PIECE {
+                    answer.send(message(std::mem::take(&mut waiting), false)).await?;
+                }
+                waiting.extend_from_slice(part);
+            }
+        }
+        answer.send(message(waiting, true)).await
+    }
+
+    async fn get_windows(
+        self: Arc<Self>,
+        peer: Option<IpAddr>,
+        request: v1::GetWindowsRequest,
+    ) -> Result<Response<Reply<v1::GetWindowsResponse>>, ServeError> {
+        let permit = self.limits.admit(peer)?;
+        let caller = self.authorise(request.scope).await?;
+        let (layer, record) = self.layer(&caller, &request.layer).await?;
+        let (first, end) = (request.first_span, request.end_span);
+        if first >= end || end > record.spans || end - first > MAX_SPANS {
+            let what = format!(
+                "spans [{first}, {end}): layer {layer} has {}, one request may ask for 1 to {MAX_SPANS}",
+                record.spans
+            );
+            return Err(ServeError::Invalid { what });
+        }
+        Ok(stream(permit, async move |answer: Answer<v1::GetWindowsResponse>| {
+            let mut at = first;
+            while at < end {
+                let next = end.min(at.saturating_add(WINDOWS_PIECE));
+                let windows = self.store.windows(&layer, record.spans, at, next).await?;
+                let windows = windows.into_iter().map(Into::into).collect();
+                answer.send(v1::GetWindowsResponse { windows }).await?;
+                at = next;
+            }
+            Ok(())
+        }))
+    }
+
+    async fn read_file(
+        self: Arc<Self>,
+        peer: Option<IpAddr>,
+        request: v1::ReadFileRequest,
+    ) -> Result<Response<Reply<v1::ReadFileResponse>>, ServeError> {
+        let permit = self.limits.admit(peer)?;
+        check_size(request.size)?;
+        let caller = self.authorise(request.scope).await?;
+        let (layer, _) = self.layer(&caller, &request.layer).await?;
+        let toc = self.content.toc(&layer).await?;
+        let file = file_data(&toc, &request.path)?;
+        let start = file.start.saturating_add(request.offset).min(file.end);
+        let range = DataRange::new(start, start.saturating_add(request.size).min(file.end));
+        Ok(self.send_content(permit, caller.repository, toc, range))
+    }
+
+    async fn read_data(
+        self: Arc<Self>,
+        peer: Option<IpAddr>,
+        request: v1::ReadDataRequest,
+    ) -> Result<Response<Reply<v1::ReadFileResponse>>, ServeError> {
+        let permit = self.limits.admit(peer)?;
+        check_size(request.size)?;
+        let caller = self.authorise(request.scope).await?;
+        let (layer, _) = self.layer(&caller, &request.layer).await?;
+        let toc = self.content.toc(&layer).await?;
+        let end = toc.data_size();
+        let start = request.offset.min(end);
+        let range = DataRange::new(start, start.saturating_add(request.size).min(end));
+        Ok(self.send_content(permit, caller.repository, toc, range))
+    }
+
+    fn send_content(
+        self: Arc<Self>,
+        permit: crate::limits::Permit,
+        repository: Arc<Repository>,
+        toc: Arc<Toc>,
+        range: DataRange,
+    ) -> Response<Reply<v1::ReadFileResponse>> {
+        stream(permit, async move |answer: Answer<v1::ReadFileResponse>| {
+            let mut at = range.start;
+            while at < range.end {
+                let part = DataRange::new(at, range.end.min(at + CONTENT_AT_ONCE));
+                let bytes = self.content.read(&toc, &*repository, part).await?;
+                for piece in bytes.chunks(CONTENT_PIECE) {
+                    answer.send(v1::ReadFileResponse { data: piece.to_vec() }).await?;
+                }
+                at = part.end;
+            }
+            Ok(())
+        })
+    }
+
+    /// Checks the caller's right to read at the registry, with its own credential.
+    async fn authorise(&self, scope: Option<v1::Scope>) -> Result<Caller, ServeError> {
+        let invalid = |what: String| ServeError::Invalid { what };
+        let scope = scope.ok_or_else(|| invalid("the request has no scope".to_owned()))?;
+        let digest: ManifestDigest = scope
+            .manifest_digest
+            .parse()
+            .map_err(|error| invalid(format!("manifest digest {:?}: {error}", scope.manifest_digest)))?;
+        let image = ImageRef::parse(&scope.repository).map_err(|error| invalid(error.to_string()))?.with_digest(digest);
+        self.check_registry(&image)?;
+        let credential = credential(scope.credential);
+        let key = AccessKey { repository: image.name(), manifest: digest, credential: Fingerprint::of(&credential) };
+        let repository = Arc::new(self.registry.repository(&image, credential));
+        self.access.check(key, repository.check_access(&digest)).await?;
+        Ok(Caller { image, digest, repository, platform: platform(scope.platform) })
+    }
+
+    fn check_registry(&self, image: &ImageRef) -> Result<(), ServeError> {
+        let allowed = &self.allowed_registries;
+        if allowed.is_empty() || allowed.iter().any(|host| host == image.registry()) {
+            return Ok(());
+        }
+        let message = format!("this server does not serve images of registry {}", image.registry());
+        Err(SourceError::new(ErrorKind::Denied, message).into())
+    }
+
+    /// The record of the caller's image, by way of an image index if the digest is of one.
+    async fn image(&self, caller: &Caller) -> Result<ImageRecord, ServeError> {
+        let name = caller.image.name();
+        if let Some(record) = self.store.image(caller.digest, &name).await? {
+            return Ok(record);
+        }
+        let not_imported = || ServeError::NotImported { image: caller.image.to_string() };
+        let bytes = self.store.index(caller.digest).await?.ok_or_else(not_imported)?;
+        let what = || format!("index {}", caller.digest);
+        let document = parse_document(None, &bytes).map_err(|source| ServeError::Document { what: what(), source })?;
+        let Document::Index(entries) = document else {
+            return Err(ServeError::Internal { what: format!("stored {} is a manifest", what()) });
+        };
+        let entry = select_platform(&entries, &caller.platform)
+            .ok_or_else(|| no_platform(&caller.image.to_string(), &caller.platform))?;
+        self.store.image(entry.digest, &name).await?.ok_or_else(not_imported)
+    }
+
+    /// The layer `digest` of the caller's image.
+    async fn layer(&self, caller: &Caller, digest: &str) -> Result<(Digest, LayerRecord), ServeError> {
+        let digest: Digest =
+            digest.parse().map_err(|error| ServeError::Invalid { what: format!("layer {digest:?}: {error}") })?;
+        let image = self.image(caller).await?;
+        let layer = image
+            .layers
+            .iter()
+            .find(|layer| layer.digest == digest)
+            .ok_or_else(|| ServeError::NotFound { what: format!("{} has no layer {digest}", caller.image) })?;
+        Ok((digest, self.layer_record(caller, layer).await?))
+    }
+
+    async fn layer_record(&self, caller: &Caller, layer: &ImageLayer) -> Result<LayerRecord, ServeError> {
+        if let Some(reason) = &layer.ineligible {
+            let what = format!("layer {}", layer.digest);
+            return Err(ServeError::NotEligible { what, reason: reason.clone() });
+        }
+        let record = self.store.layer(&layer.digest).await?;
+        record.ok_or_else(|| ServeError::NotImported { image: caller.image.to_string() })
+    }
+
+    /// Starts the import of the caller's image, unless it is under way, or too many are.
+    fn import_on_demand(self: Arc<Self>, caller: Caller) {
+        if !self.import_on_demand {
+            return;
+        }
+        let key = (caller.image.name(), caller.digest);
+        let Ok(permit) = self.importer.admit() else { return };
+        if !self.on_demand.lock().unwrap_or_else(PoisonError::into_inner).insert(key.clone()) {
+            return;
+        }
+        let work = async move {
+            let running = OnDemand { inner: &self, key };
+            let progress = Arc::default();
+            let Caller { image, repository, platform, .. } = &caller;
+            match self.importer.import(permit, repository, image, platform, &progress).await {
+                Ok(done) => tracing::info!(manifest = %done.manifest, "image imported on demand"),
+                Err(error) => drop(failure(error)),
+            }
+            drop(running);
+        };
+        tokio::spawn(work.instrument(Span::current()));
+    }
+}
+
+/// An import on demand that is under way, however it ends.
+struct OnDemand<'a> {
+    inner: &'a Inner,
+    key: (String, ManifestDigest),
+}
+
+impl Drop for OnDemand<'_> {
+    fn drop(&mut self) {
+        self.inner.on_demand.lock().unwrap_or_else(PoisonError::into_inner).remove(&self.key);
+    }
+}
+
+fn refused(span: &Span, error: ServeError) -> Status {
+    span.in_scope(|| failure(error))
+}
+
+fn peer<T>(request: &Request<T>) -> Option<IpAddr> {
+    request.remote_addr().map(|address| address.ip())
+}
+
+fn image_field(scope: Option<&v1::Scope>) -> String {
+    scope.map(|scope| format!("{}@{}", scope.repository, scope.manifest_digest)).unwrap_or_default()
+}
+
+fn check_size(size: u64) -> Result<(), ServeError> {
+    if size <= MAX_READ {
+        return Ok(());
+    }
+    Err(ServeError::Invalid { what: format!("{size} bytes are more than one request may ask for ({MAX_READ})") })
+}
+
+/// The content of the regular file at `path`.
+fn file_data(toc: &Toc, path: &[u8]) -> Result<DataRange, ServeError> {
+    let layer = toc.blob_digest();
+    let shown = String::from_utf8_lossy(path);
+    let inode = toc.lookup_path(path).map_err(toc_error(&layer))?;
+    let inode = inode.ok_or_else(|| ServeError::NotFound { what: format!("layer {layer} has no file {shown:?}") })?;
+    let inode = toc.inode(inode).map_err(toc_error(&layer))?;
+    let kind = match inode.kind() {
+        Kind::Regular => return toc.file_data(&inode).map_err(toc_error(&layer)),
+        Kind::Directory => "a directory",
+        Kind::Symlink => "a symbolic link (which is not followed)",
+        Kind::CharDevice | Kind::BlockDevice => "a device",
+        Kind::Fifo => "a named pipe",
+    };
+    Err(ServeError::Invalid { what: format!("{shown:?} in layer {layer} is {kind}, not a regular file") })
+}

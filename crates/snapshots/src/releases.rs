@@ -1,0 +1,86 @@
+//! Orders "no snapshot uses this layer any more" against decisions that are under way.
+//!
+//! A decision says "lazy" for a layer; before its snapshot is recorded, the last other snapshot of that layer is removed
+//! and the layer is given back. Recording the snapshot now would point at nothing. Nobody waits for anybody here: who is
+//! about to record asks whether the layer was given back since the decision began, and defers the layer then.
+
+use std::collections::VecDeque;
+use std::sync::{Mutex, MutexGuard, PoisonError};
+
+use millstream_oci::Digest;
+
+/// Releases that are remembered. Older ones count as "perhaps your layer", which costs a deferral.
+const REMEMBERED: usize = 1024;
+
+/// A point in the order of releases.
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+pub(crate) struct Mark(u64);
+
+/// The latest releases, in order.
+#[derive(Debug, Default)]
+pub(crate) struct Releases(Mutex<Log>);
+
+/// The log itself; holding its guard excludes releases and records of lazy snapshots.
+#[derive(Debug, Default)]
+pub(crate) struct Log {
+    count: u64,
+    recent: VecDeque<Digest>,
+}
+
+impl Releases {
+    /// The point to compare with later. Taken before a decision begins.
+    pub(crate) fn mark(&self) -> Mark {
+        Mark(self.lock().count)
+    }
+
+    /// Excludes releases and records of lazy snapshots while the guard lives.
+    pub(crate) fn lock(&self) -> MutexGuard<'_, Log> {
+        // The log is only ever appended to, so it is whole even if a holder panicked.
+        self.0.lock().unwrap_or_else(PoisonError::into_inner)
+    }
+}
+
+impl Log {
+    /// Remembers a release.
+    pub(crate) fn push(&mut self, layer: Digest) {
+        self.count += 1;
+        self.recent.push_back(layer);
+        if self.recent.len() > REMEMBERED {
+            self.recent.pop_front();
+        }
+    }
+
+    /// Whether `layer` was released after `mark`, or perhaps was.
+    pub(crate) fn released_since(&self, mark: Mark, layer: &Digest) -> bool {
+        let Ok(since) = usize::try_from(self.count.saturating_sub(mark.0)) else { return true };
+        since > self.recent.len() || self.recent.iter().rev().take(since).any(|released| released == layer)
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn only_later_releases_of_the_layer_count() {
+        let (a, b) = (Digest::of(b"a"), Digest::of(b"b"));
+        let releases = Releases::default();
+        releases.lock().push(a);
+        let mark = releases.mark();
+        assert!(!releases.lock().released_since(mark, &a));
+        releases.lock().push(b);
+        assert!(!releases.lock().released_since(mark, &a));
+        assert!(releases.lock().released_since(mark, &b));
+    }
+
+    #[test]
+    fn a_forgotten_past_counts_as_released() {
+        let (a, b) = (Digest::of(b"a"), Digest::of(b"b"));
+        let releases = Releases::default();
+        let mark = releases.mark();
+        for _ in 0..=REMEMBERED {
+            releases.lock().push(b);
+        }
+        assert!(releases.lock().released_since(mark, &a));
+    }
+}

@@ -1,0 +1,7 @@
+//! The service over a unix socket, with real mounts: what containerd's own suite for snapshotters checks, the remote
+//! contract, and what a crash leaves behind.
+
+mod harness;
+mod recovery;
+mod remote;
+mod suite;

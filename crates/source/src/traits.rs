@@ -1,0 +1,48 @@
+//! What the rest of the program may ask of the world for bytes.
+
+use std::ops::Range;
+
+use async_trait::async_trait;
+use bytes::Bytes;
+use futures::stream::BoxStream;
+use millstream_oci::Digest;
+use millstream_toc::{BlobRange, DataRange};
+
+use crate::SourceError;
+
+/// A body that arrives in pieces.
+pub type ByteStream = BoxStream<'static, Result<Bytes, SourceError>>;
+
+/// How urgent a fetch is. Order matters: the smaller overtakes the larger.
+#[derive(Debug, Clone, Copy, PartialEq, Eq, Hash, PartialOrd, Ord)]
+pub enum Priority {
+    /// A reader waits for it.
+    Demand,
+    /// No reader waits, but one is expected soon (read-around, start-up profile).
+    Prefetch,
+    /// Makes the layer wholly local.
+    Hydrate,
+}
+
+/// Compressed bytes of one image's blobs, by range. An implementation is bound to one repository and one right to read.
+#[async_trait]
+pub trait BlobSource: Send + Sync + std::fmt::Debug {
+    /// The bytes of `range` of `blob`, in order. The stream yields exactly `range.len()` bytes or ends with an error;
+    /// nothing is verified but the length. A source that cannot serve ranges fails with [`crate::ErrorKind::NoRange`].
+    async fn read(&self, blob: &Digest, range: BlobRange) -> Result<ByteStream, SourceError>;
+}
+
+/// Decompressor windows of one image's layers.
+#[async_trait]
+pub trait WindowSource: Send + Sync + std::fmt::Debug {
+    /// Raw (not compressed) windows of the spans `spans` of layer `layer`, in order; an empty entry for a span that needs
+    /// none. Not verified: the caller compares them with the TOC.
+    async fn windows(&self, layer: &Digest, spans: Range<u32>) -> Result<Vec<Bytes>, SourceError>;
+}
+
+/// Plain file content of one image's layers.
+#[async_trait]
+pub trait ContentSource: Send + Sync + std::fmt::Debug {
+    /// The bytes of `range` of the layer's data address space; alignment gaps read as zeros. Not verified.
+    async fn content(&self, layer: &Digest, range: DataRange) -> Result<Bytes, SourceError>;
+}

@@ -1,0 +1,6 @@
+#![doc = include_str!("../README.md")]
+
+pub mod fuse_device;
+pub mod map;
+pub mod process;
+pub mod signals;

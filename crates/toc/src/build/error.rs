@@ -1,0 +1,131 @@
+//! Why no TOC was made.
+
+use std::io;
+
+use crate::tar::TarError;
+
+/// Why a layer gets no TOC.
+#[derive(Debug, thiserror::Error)]
+pub enum BuildError {
+    /// containerd may unpack this layer, but it cannot be shown lazily.
+    #[error("layer cannot be shown lazily: {reason}")]
+    Ineligible {
+        /// What stands in the way.
+        reason: Ineligible,
+    },
+    /// containerd refuses this layer too.
+    #[error("layer is not valid: {what}")]
+    Invalid {
+        /// What is wrong with it, and where.
+        what: String,
+    },
+    /// The blob could not be read; another try may succeed.
+    #[error("cannot read the blob")]
+    Read(#[source] io::Error),
+    /// The sink refused what it was given.
+    #[error("cannot store what the build gives")]
+    Sink(#[source] io::Error),
+}
+
+/// What keeps a layer from being shown lazily.
+#[derive(Debug, Clone, PartialEq, Eq, thiserror::Error)]
+pub enum Ineligible {
+    /// A limit of the [`Budget`](super::Budget) or of the format.
+    #[error("more than {limit} {what}")]
+    Budget {
+        /// What was counted.
+        what: &'static str,
+        /// How many are allowed.
+        limit: u64,
+    },
+    /// A hard link to a file that is not in the layer.
+    #[error("{path} is a hard link to {target}, which is not in the layer")]
+    HardLinkBelow {
+        /// The link.
+        path: String,
+        /// The missing file.
+        target: String,
+    },
+    /// A deflate block is so long that no checkpoint can be made in time.
+    #[error("no deflate block ends within {limit} bytes of output after byte {start} of the tar")]
+    SpanTooLong {
+        /// Where the span starts in the tar.
+        start: u64,
+        /// [`MAX_SPAN`](crate::format::MAX_SPAN).
+        limit: u64,
+    },
+    /// The media type says gzip, the bytes do not: containerd would look for another compression.
+    #[error("blob is not gzip, though its media type says so")]
+    NotGzip,
+    /// Bytes follow the last gzip member. Go's decompressor refuses them, others ignore them, so that what containerd does
+    /// depends on the programs that are installed beside it.
+    #[error("bytes follow the last gzip member at byte {offset} of the blob")]
+    TrailingBytes {
+        /// Where they start.
+        offset: u64,
+    },
+    /// The tar exceeds a limit of the reader, or asks for what no inode can hold.
+    #[error("{what}")]
+    Tar {
+        /// What, and where.
+        what: String,
+    },
+    /// An access control list, which we could show but not enforce.
+    #[error("{path} has an access control list")]
+    AccessControlList {
+        /// The file.
+        path: String,
+    },
+    /// A name or value of an extended attribute that Linux does not take.
+    #[error("{path} has an extended attribute that is too long or has no name")]
+    Xattr {
+        /// The file.
+        path: String,
+    },
+    /// User or group 2^32-1, which `chown` takes for "leave it as it is".
+    #[error("{path} has an owner that cannot be set")]
+    Owner {
+        /// The file.
+        path: String,
+    },
+}
+
+impl BuildError {
+    pub(super) fn invalid(what: impl Into<String>) -> Self {
+        Self::Invalid { what: what.into() }
+    }
+
+    /// Something is wrong with the member `path`.
+    pub(super) fn member(path: &[u8], what: &str) -> Self {
+        Self::Invalid { what: format!("{}: {what}", text(path)) }
+    }
+
+    pub(super) const fn over(what: &'static str, limit: u64) -> Self {
+        Self::Ineligible { reason: Ineligible::Budget { what, limit } }
+    }
+}
+
+impl From<Ineligible> for BuildError {
+    fn from(reason: Ineligible) -> Self {
+        Self::Ineligible { reason }
+    }
+}
+
+impl From<TarError> for BuildError {
+    fn from(error: TarError) -> Self {
+        match error {
+            TarError::Read(error) => Self::Read(error),
+            TarError::Limit { .. } | TarError::Unusable { .. } => Ineligible::Tar { what: error.to_string() }.into(),
+            TarError::Invalid { .. } | TarError::Truncated { .. } | TarError::Failed => {
+                Self::Invalid { what: error.to_string() }
+            }
+        }
+    }
+}
+
+/// A name for people, of bounded length.
+pub(super) fn text(name: &[u8]) -> String {
+    const SHOWN: usize = 200;
+    let shown = String::from_utf8_lossy(&name[..name.len().min(SHOWN)]);
+    if name.len() > SHOWN { format!("{shown}…") } else { shown.into_owned() }
+}

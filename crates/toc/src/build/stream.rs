@@ -1,0 +1,347 @@
+//! From the blob to the bytes of the tar, with both digests and all checkpoints on the way.
+
+use std::cell::RefCell;
+use std::io::{self, Read};
+
+use millstream_inflate::{InflateError, Inflater, Stop, WINDOW_SIZE};
+use sha2::{Digest as _, Sha256};
+
+use super::error::{BuildError, Ineligible};
+use super::{Budget, BuildSink, Compression};
+use crate::format::{MAX_SPAN, SHORT_DIGEST, SPAN_SIZE, SpanIx, SpanRecord};
+
+/// Compressed bytes read at once.
+const INPUT: usize = 128 * 1024;
+/// Room for output beside the window that is kept before it.
+const OUTPUT: usize = 256 * 1024;
+/// Output that is free of the ratio budget: small layers of zeros are common and harmless.
+const RATIO_FREE: u64 = 64 * 1024 * 1024;
+/// First bytes by which containerd tells gzip.
+const GZIP_MAGIC: [u8; 3] = [0x1f, 0x8b, 8];
+
+/// What the stream and the tree share: the sink, and the error that lies behind an `io::Error` seen by the tar reader.
+pub(super) struct Shared<'s> {
+    pub(super) sink: RefCell<&'s mut dyn BuildSink>,
+    fault: RefCell<Option<BuildError>>,
+}
+
+impl<'s> Shared<'s> {
+    pub(super) fn new(sink: &'s mut dyn BuildSink) -> Self {
+        Self { sink: RefCell::new(sink), fault: RefCell::new(None) }
+    }
+
+    /// The error of the stream if it has failed, else `other`.
+    pub(super) fn blame(&self, other: impl Into<BuildError>) -> BuildError {
+        self.fault.take().unwrap_or_else(|| other.into())
+    }
+}
+
+/// What is known when the blob was read to its end.
+pub(super) struct Ended {
+    pub(super) blob_digest: [u8; 32],
+    pub(super) diff_id: [u8; 32],
+    pub(super) blob_size: u64,
+    pub(super) tar_size: u64,
+    pub(super) spans: Vec<SpanRecord>,
+}
+
+/// A checkpoint that becomes a span as soon as a byte of output follows it.
+struct Pending {
+    record: SpanRecord,
+    window: Vec<u8>,
+}
+
+enum State {
+    /// Not compressed.
+    Plain,
+    /// Before a gzip member, or at the end of the blob.
+    Between,
+    /// In a gzip member that has given so many bytes.
+    Member { produced: u64 },
+}
+
+/// Reads the tar. Memory is bounded by the buffers and 40 bytes per span.
+pub(super) struct TarStream<'s, R> {
+    blob: R,
+    shared: &'s Shared<'s>,
+    budget: &'s Budget,
+    state: State,
+    inflater: Inflater,
+    blob_hash: Sha256,
+    tar_hash: Sha256,
+    input: Box<[u8]>,
+    input_at: usize,
+    input_end: usize,
+    blob_read: u64,
+    blob_ended: bool,
+    /// Output; what was read stays before `output_at`, up to a window, as long as it may be needed.
+    output: Box<[u8]>,
+    output_at: usize,
+    output_end: usize,
+    tar_made: u64,
+    /// Where the current (or pending) span starts in the tar.
+    span_start: u64,
+    pending: Option<Pending>,
+    spans: Vec<SpanRecord>,
+}
+
+impl<'s, R: Read> TarStream<'s, R> {
+    pub(super) fn new(
+        blob: R,
+        compression: Compression,
+        budget: &'s Budget,
+        shared: &'s Shared<'s>,
+    ) -> Result<Self, BuildError> {
+        let start = match compression {
+            Compression::Plain => 2,
+            Compression::Gzip => 1,
+        };
+        Ok(Self {
+            blob,
+            shared,
+            budget,
+            state: if compression == Compression::Plain { State::Plain } else { State::Between },
+            inflater: Inflater::gzip().map_err(inflate_error)?,
+            blob_hash: Sha256::new(),
+            tar_hash: Sha256::new(),
+            input: vec![0; INPUT].into_boxed_slice(),
+            input_at: 0,
+            input_end: 0,
+            blob_read: 0,
+            blob_ended: false,
+            output: vec![0; WINDOW_SIZE + OUTPUT].into_boxed_slice(),
+            output_at: 0,
+            output_end: 0,
+            tar_made: 0,
+            span_start: 0,
+            pending: Some(Pending { record: record(0, 0, 0, start), window: Vec::new() }),
+            spans: Vec::new(),
+        })
+    }
+
+    /// Reads what is left, so that both digests cover everything.
+    pub(super) fn finish(mut self) -> Result<Ended, BuildError> {
+        loop {
+            self.output_at = self.output_end;
+            if self.fill()? == 0 {
+                break;
+            }
+        }
+        let blob_digest: [u8; 32] = self.blob_hash.finalize().into();
+        let diff_id = if matches!(self.state, State::Plain) { blob_digest } else { self.tar_hash.finalize().into() };
+        Ok(Ended { blob_digest, diff_id, blob_size: self.blob_read, tar_size: self.tar_made, spans: self.spans })
+    }
+
+    /// Makes more output; 0 at the end of the tar.
+    fn fill(&mut self) -> Result<usize, BuildError> {
+        if self.output.len() - self.output_end < OUTPUT / 4 {
+            // Everything was read; keep the window.
+            let from = self.output_end.saturating_sub(WINDOW_SIZE);
+            self.output.copy_within(from..self.output_end, 0);
+            self.output_end -= from;
+            self.output_at = self.output_end;
+        }
+        let produced = if matches!(self.state, State::Plain) { self.fill_plain()? } else { self.fill_gzip()? };
+        let budget = self.budget;
+        if self.tar_made > budget.max_tar_size {
+            return Err(BuildError::over("bytes of tar", budget.max_tar_size));
+        }
+        let free = self.tar_made.saturating_sub(RATIO_FREE);
+        if free > self.blob_at().saturating_mul(budget.max_ratio) {
+            return Err(BuildError::over("bytes of tar per byte of blob", budget.max_ratio));
+        }
+        Ok(produced)
+    }
+
+    fn fill_plain(&mut self) -> Result<usize, BuildError> {
+        let until_boundary = self.span_start + SPAN_SIZE - self.tar_made;
+        let room = (self.output.len() - self.output_end).min(usize::try_from(until_boundary).unwrap_or(usize::MAX));
+        let read = read_some(&mut self.blob, &mut self.output[self.output_end..self.output_end + room])?;
+        self.blob_hash.update(&self.output[self.output_end..self.output_end + read]);
+        self.blob_read += read as u64;
+        self.made(read)?;
+        if self.tar_made - self.span_start == SPAN_SIZE {
+            self.span_start = self.tar_made;
+            self.pending = Some(Pending { record: record(self.tar_made, self.tar_made, 0, 2), window: Vec::new() });
+        }
+        Ok(read)
+    }
+
+    fn fill_gzip(&mut self) -> Result<usize, BuildError> {
+        loop {
+            if self.input_at == self.input_end && !self.blob_ended {
+                self.refill()?;
+            }
+            let member = match self.state {
+                State::Member { produced } => produced,
+                _ if self.input_at == self.input_end => return Ok(0),
+                _ => {
+                    self.start_member()?;
+                    0
+                }
+            };
+            let produced = self.step(member)?;
+            if produced > 0 {
+                return Ok(produced);
+            }
+        }
+    }
+
+    /// One step of the decompressor; says how much it gave.
+    fn step(&mut self, member: u64) -> Result<usize, BuildError> {
+        // Stopping at every block costs time, so it is done only where a checkpoint is due. "Due" begins one byte early:
+        // a boundary right at SPAN_SIZE must not be passed unseen, or the result would depend on the size of reads.
+        let before_due = (self.span_start + SPAN_SIZE - 1).saturating_sub(self.tar_made);
+        let room = self.output.len() - self.output_end;
+        let (room, stop) = match usize::try_from(before_due) {
+            Ok(0) => (room, Stop::BlockBoundary),
+            Ok(before_due) => (room.min(before_due), Stop::Never),
+            Err(_) => (room, Stop::Never),
+        };
+        let input = &self.input[self.input_at..self.input_end];
+        let input_len = input.len();
+        let output = &mut self.output[self.output_end..self.output_end + room];
+        let progress = self.inflater.step(input, output, stop).map_err(inflate_error)?;
+        self.input_at += progress.consumed;
+        self.tar_hash.update(&output[..progress.produced]);
+        self.made(progress.produced)?;
+        let member = member + progress.produced as u64;
+        self.state = if progress.stream_end { State::Between } else { State::Member { produced: member } };
+        if progress.at_block_boundary && self.checkpoint_due() {
+            let window = usize::try_from(member).map_or(WINDOW_SIZE, |made| made.min(WINDOW_SIZE));
+            let blob_off = self.blob_at() - u64::from(progress.bits).div_ceil(8);
+            let window = self.output[self.output_end - window..self.output_end].to_vec();
+            let mut record = record(blob_off, self.tar_made, progress.bits % 8, 0);
+            // A window is at most 32 KiB.
+            record.window_len = u32::try_from(window.len()).unwrap_or(0).into();
+            if !window.is_empty() {
+                record.window_digest = short_digest(&window);
+            }
+            self.set_pending(record, window);
+        } else if self.tar_made - self.span_start > MAX_SPAN {
+            return Err(Ineligible::SpanTooLong { start: self.span_start, limit: MAX_SPAN }.into());
+        }
+        let idle = progress.consumed == 0 && progress.produced == 0;
+        if idle && !progress.stream_end && !progress.at_block_boundary && (input_len > 0 || self.blob_ended) {
+            return Err(BuildError::invalid("gzip stream ends in the middle"));
+        }
+        Ok(progress.produced)
+    }
+
+    fn start_member(&mut self) -> Result<(), BuildError> {
+        // The magic may be split between reads.
+        while self.input_end - self.input_at < GZIP_MAGIC.len() && !self.blob_ended {
+            self.input.copy_within(self.input_at..self.input_end, 0);
+            self.input_end -= self.input_at;
+            self.input_at = 0;
+            self.refill()?;
+        }
+        if !self.input[self.input_at..self.input_end].starts_with(&GZIP_MAGIC) {
+            let offset = self.blob_at();
+            return Err(if offset == 0 { Ineligible::NotGzip } else { Ineligible::TrailingBytes { offset } }.into());
+        }
+        self.inflater.restart_gzip().map_err(inflate_error)?;
+        if self.checkpoint_due() {
+            self.set_pending(record(self.blob_at(), self.tar_made, 0, 1), Vec::new());
+        }
+        self.state = State::Member { produced: 0 };
+        Ok(())
+    }
+
+    /// Adds input behind what is there. Nothing may be there unless it starts at 0.
+    fn refill(&mut self) -> Result<(), BuildError> {
+        if self.input_at == self.input_end {
+            (self.input_at, self.input_end) = (0, 0);
+        }
+        let read = read_some(&mut self.blob, &mut self.input[self.input_end..])?;
+        self.blob_hash.update(&self.input[self.input_end..self.input_end + read]);
+        self.blob_read += read as u64;
+        self.input_end += read;
+        self.blob_ended = read == 0;
+        Ok(())
+    }
+
+    /// Position in the blob up to which the decompressor has taken bytes.
+    const fn blob_at(&self) -> u64 {
+        self.blob_read - (self.input_end - self.input_at) as u64
+    }
+
+    const fn checkpoint_due(&self) -> bool {
+        self.tar_made - self.span_start >= SPAN_SIZE
+    }
+
+    fn set_pending(&mut self, record: SpanRecord, window: Vec<u8>) {
+        self.span_start = self.tar_made;
+        self.pending = Some(Pending { record, window });
+    }
+
+    /// Counts output that was written behind `output_end`, and turns the pending checkpoint into a span.
+    fn made(&mut self, produced: usize) -> Result<(), BuildError> {
+        if produced == 0 {
+            return Ok(());
+        }
+        self.output_end += produced;
+        self.tar_made += produced as u64;
+        if let Some(pending) = self.pending.take() {
+            let ix = SpanIx::try_from(self.spans.len()).map_err(|_| BuildError::over("spans", u32::MAX.into()))?;
+            self.shared.sink.borrow_mut().window(ix, &pending.window).map_err(BuildError::Sink)?;
+            self.spans.push(pending.record);
+        }
+        Ok(())
+    }
+}
+
+impl<R: Read> Read for TarStream<'_, R> {
+    fn read(&mut self, buffer: &mut [u8]) -> io::Result<usize> {
+        if self.output_at == self.output_end && !buffer.is_empty() {
+            self.fill().map_err(|error| {
+                let error = self.shared.blame(error);
+                let seen = io::Error::other(error.to_string());
+                *self.shared.fault.borrow_mut() = Some(error);
+                seen
+            })?;
+        }
+        let length = buffer.len().min(self.output_end - self.output_at);
+        buffer[..length].copy_from_slice(&self.output[self.output_at..self.output_at + length]);
+        self.output_at += length;
+        Ok(length)
+    }
+}
+
+fn record(blob_off: u64, tar_off: u64, bits: u8, start: u8) -> SpanRecord {
+    SpanRecord {
+        blob_off: blob_off.into(),
+        tar_off: tar_off.into(),
+        bits,
+        start,
+        reserved: 0.into(),
+        window_len: 0.into(),
+        window_digest: [0; SHORT_DIGEST],
+    }
+}
+
+/// BLAKE3, truncated.
+pub(super) fn short_digest(bytes: &[u8]) -> [u8; SHORT_DIGEST] {
+    let mut short = [0; SHORT_DIGEST];
+    short.copy_from_slice(&blake3::hash(bytes).as_bytes()[..SHORT_DIGEST]);
+    short
+}
+
+fn read_some(from: &mut impl Read, buffer: &mut [u8]) -> Result<usize, BuildError> {
+    loop {
+        match from.read(buffer) {
+            Ok(read) => return Ok(read.min(buffer.len())),
+            Err(error) if error.kind() == io::ErrorKind::Interrupted => {}
+            Err(error) => return Err(BuildError::Read(error)),
+        }
+    }
+}
+
+fn inflate_error(error: InflateError) -> BuildError {
+    match error {
+        InflateError::Memory => BuildError::Read(io::ErrorKind::OutOfMemory.into()),
+        InflateError::Corrupt | InflateError::Checkpoint | InflateError::Broken => {
+            BuildError::Invalid { what: format!("gzip: {error}") }
+        }
+    }
+}

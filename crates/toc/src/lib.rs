@@ -1,0 +1,16 @@
+#![doc = include_str!("../README.md")]
+
+pub mod build;
+pub mod format;
+pub mod pack;
+pub mod range;
+pub mod read;
+pub mod span;
+pub mod tar;
+
+pub use build::{Budget, BuildError, BuildOptions, BuildSink, Built, Compression, Ineligible, build};
+pub use format::{CHUNK_SIZE, DATA_ALIGN, FormatError};
+pub use pack::{pack, unpack};
+pub use range::{BlobRange, DataRange, FileRange, TarRange};
+pub use read::{Chunk, Span, Toc};
+pub use span::{SpanError, SpanExtractor};

@@ -1,0 +1,54 @@
+//! The main job on real input: one stock containerd pulls one image and runs it, the ordinary way and lazily.
+
+mod image;
+mod job;
+mod report;
+mod stage;
+
+use std::path::PathBuf;
+
+use anyhow::{Context as _, Result, ensure};
+use clap::Parser;
+use millstream_e2e::need::{CONTAINERS, Need};
+
+/// Pulls and runs an image of some hundred megabytes over a slow link: on overlayfs, on Millstream, and on Millstream with
+/// background downloads held back. Needs root.
+#[derive(Debug, Parser)]
+struct Arguments {
+    /// Where images are kept between runs, and where the summary goes.
+    #[arg(long, default_value = "target/demo")]
+    dir: PathBuf,
+    /// How often each of the three jobs is done, in turns; the table has the medians.
+    #[arg(long, default_value_t = 1, value_parser = clap::value_parser!(u32).range(1..=50))]
+    rounds: u32,
+}
+
+fn main() -> Result<()> {
+    let arguments = Arguments::parse();
+    let needs = [Need::Program("mmdebstrap"), Need::Product("millstreamd"), Need::Product("millstream-server")];
+    for need in CONTAINERS.iter().chain(&needs) {
+        ensure!(need.is_met(), "missing: {need:?}; hint: run `make demo`, as root");
+    }
+    std::fs::create_dir_all(&arguments.dir).with_context(|| format!("making {}", arguments.dir.display()))?;
+    let layout = image::layout(&arguments.dir)?;
+    let mut stage = stage::Stage::set(&layout)?;
+    let import = stage.import()?;
+    let mut results = report::Results::new(stage.image_bytes(&layout)?, import);
+    for round in 0..arguments.rounds {
+        // Interleaved, and the first one of a round changes: a busy machine must not favour one of them.
+        for turn in 0..job::Kind::ALL.len() {
+            let kind = job::Kind::ALL[(turn + round as usize) % job::Kind::ALL.len()];
+            results.add(kind, job::run(&mut stage, kind)?);
+        }
+    }
+    println!("\n{}", results.table());
+    let summary = arguments.dir.join("summary.json");
+    std::fs::write(&summary, results.json()?).with_context(|| format!("writing {}", summary.display()))?;
+    println!("The same as JSON: {}", summary.display());
+    Ok(())
+}
+
+/// One line of progress.
+fn say(text: impl std::fmt::Display) {
+    println!("- {text}");
+}

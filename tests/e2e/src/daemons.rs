@@ -1,0 +1,323 @@
+//! The daemons of this project, with settings of their own in a workdir.
+
+use std::fmt::Write as _;
+use std::net::SocketAddr;
+use std::path::{Path, PathBuf};
+use std::process::Command;
+use std::time::Duration;
+
+use anyhow::{Context as _, Result};
+use millstream_wire::millstream::v1::node_client::NodeClient;
+use millstream_wire::millstream::v1::{
+    ExplainRequest, ExplainResponse, SetHydrationRequest, SetStreamingRequest, StatusRequest, StatusResponse,
+};
+
+use crate::containerd::Snapshotter;
+use crate::cri::connect;
+use crate::link::Link;
+use crate::need::product;
+use crate::process::{Process, eventually, socket_accepts};
+use crate::registry::Tls;
+use crate::workdir::Workdir;
+
+/// The node daemon.
+pub const NODE: &str = "millstreamd";
+/// The server.
+pub const SERVER: &str = "millstream-server";
+const READY: Duration = Duration::from_secs(30);
+const CALL: Duration = Duration::from_secs(30);
+
+/// How the node daemon is to be set up; see `config/millstreamd.toml` for the meanings.
+#[derive(Debug, Clone)]
+pub struct NodeOptions {
+    /// `http://` or `https://` address of the server; empty: none.
+    pub server: String,
+    /// The server's authority, for `https://`.
+    pub ca: Option<PathBuf>,
+    /// Directory in the manner of `certs.d`.
+    pub certs_d: PathBuf,
+    /// A docker `config.json` with credentials.
+    pub docker_config: Option<PathBuf>,
+    /// Whether images are made local in the background.
+    pub hydration: bool,
+    /// How long a read may wait for its bytes.
+    pub read_deadline: Duration,
+}
+
+impl NodeOptions {
+    /// Hydration on, anonymous, reads wait up to 60 s.
+    pub fn new(server: &str, certs_d: &Path) -> Self {
+        Self {
+            server: server.to_owned(),
+            ca: None,
+            certs_d: certs_d.to_owned(),
+            docker_config: None,
+            hydration: true,
+            read_deadline: Duration::from_secs(60),
+        }
+    }
+}
+
+/// A running `millstreamd`. Its state survives [`Node::stop`], [`Node::crash`] and a new start.
+#[derive(Debug)]
+pub struct Node {
+    dir: PathBuf,
+    log: PathBuf,
+    process: Option<Process>,
+}
+
+impl Node {
+    /// Starts it and waits until its socket answers.
+    ///
+    /// # Errors
+    ///
+    /// If it does not start.
+    pub fn start(work: &Workdir, options: &NodeOptions) -> Result<Self> {
+        let dir = work.dir("node")?;
+        std::fs::write(dir.join("millstreamd.toml"), node_settings(&dir, options)?)?;
+        let mut node = Self { dir, log: work.log(NODE), process: None };
+        node.launch()?;
+        Ok(node)
+    }
+
+    /// Starts it again on the same state and settings; one that runs is left alone.
+    ///
+    /// # Errors
+    ///
+    /// If it does not start.
+    pub fn launch(&mut self) -> Result<()> {
+        if self.process.is_some() {
+            return Ok(());
+        }
+        let mut command = Command::new(product(NODE).context("millstreamd is not built")?);
+        command.arg("--config").arg(self.dir.join("millstreamd.toml"));
+        let mut process = Process::spawn(NODE, command, &self.log)?;
+        let socket = self.socket();
+        process.wait_ready(READY, || socket_accepts(&socket) && status_of(&socket).is_ok())?;
+        self.process = Some(process);
+        Ok(())
+    }
+
+    /// The socket for containerd and for the command line.
+    pub fn socket(&self) -> PathBuf {
+        self.dir.join("m.sock")
+    }
+
+    /// Directory of its state.
+    pub fn root(&self) -> PathBuf {
+        self.dir.join("root")
+    }
+
+    /// Its output.
+    pub fn log(&self) -> &Path {
+        &self.log
+    }
+
+    /// What containerd is told of it.
+    pub fn snapshotter(&self) -> Snapshotter {
+        Snapshotter::Millstream { socket: self.socket(), root: self.root() }
+    }
+
+    /// The ids of the processes below the supervisor, which do the work and may be killed alone.
+    pub fn workers(&self) -> Vec<i32> {
+        let Some(process) = &self.process else { return Vec::new() };
+        let id = process.id();
+        let children = std::fs::read_to_string(format!("/proc/{id}/task/{id}/children")).unwrap_or_default();
+        children.split_whitespace().filter_map(|pid| pid.parse().ok()).collect()
+    }
+
+    /// SIGKILL to its workers, as a crash would be, and waits until a new one answers.
+    ///
+    /// # Errors
+    ///
+    /// If there is no worker, or none comes back.
+    pub fn crash_worker(&self) -> Result<()> {
+        let before = self.workers();
+        anyhow::ensure!(!before.is_empty(), "{NODE} has no worker");
+        for pid in before.iter().filter_map(|pid| rustix::process::Pid::from_raw(*pid)) {
+            rustix::process::kill_process(pid, rustix::process::Signal::KILL).ok();
+        }
+        eventually("a new worker", READY, || {
+            let now = self.workers();
+            (!now.is_empty() && now.iter().all(|pid| !before.contains(pid))).then_some(())
+        })?;
+        eventually("an answer of the new worker", READY, || self.status().ok()).map(drop)
+    }
+
+    /// SIGKILL to the supervisor itself.
+    ///
+    /// # Errors
+    ///
+    /// If it does not end.
+    pub fn crash(&mut self) -> Result<()> {
+        self.process.take().map_or(Ok(()), Process::crash)
+    }
+
+    /// Asks it to end.
+    ///
+    /// # Errors
+    ///
+    /// If its end cannot be awaited.
+    pub fn stop(&mut self) -> Result<()> {
+        self.process.take().map_or(Ok(()), |process| process.stop().map(drop))
+    }
+
+    /// Its layers and what it has fetched.
+    ///
+    /// # Errors
+    ///
+    /// If it does not answer.
+    pub fn status(&self) -> Result<StatusResponse> {
+        status_of(&self.socket())
+    }
+
+    /// Why an image streams or why not.
+    ///
+    /// # Errors
+    ///
+    /// If it does not answer.
+    pub fn explain(&self, image: &str) -> Result<ExplainResponse> {
+        let request = ExplainRequest { image: image.to_owned() };
+        call(&self.socket(), async |mut node| node.explain(request).await)
+    }
+
+    /// Switches streaming of new images on or off.
+    ///
+    /// # Errors
+    ///
+    /// If it does not answer.
+    pub fn set_streaming(&self, enabled: bool) -> Result<()> {
+        call(&self.socket(), async |mut node| node.set_streaming(SetStreamingRequest { enabled }).await).map(drop)
+    }
+
+    /// Holds hydration back or lets it go on.
+    ///
+    /// # Errors
+    ///
+    /// If it does not answer.
+    pub fn set_hydration(&self, enabled: bool) -> Result<()> {
+        call(&self.socket(), async |mut node| node.set_hydration(SetHydrationRequest { enabled }).await).map(drop)
+    }
+}
+
+/// How the server is to be set up; see `config/millstream-server.toml` for the meanings.
+#[derive(Debug, Clone)]
+pub struct ServerOptions {
+    /// Where it listens.
+    pub address: SocketAddr,
+    /// TLS; absent: plaintext, for a loopback address only.
+    pub tls: Option<Tls>,
+    /// Directory in the manner of `certs.d`.
+    pub certs_d: PathBuf,
+    /// Whether an image that a node asks for is imported without being told to.
+    pub import_on_demand: bool,
+}
+
+/// A running `millstream-server`.
+#[derive(Debug)]
+pub struct Server {
+    process: Process,
+}
+
+impl Server {
+    /// Starts it, on the far side of a link if one is given, and waits until it listens.
+    ///
+    /// # Errors
+    ///
+    /// If it does not start.
+    pub fn start(work: &Workdir, options: &ServerOptions, link: Option<&Link>) -> Result<Self> {
+        let dir = work.dir("server")?;
+        let file = dir.join("millstream-server.toml");
+        std::fs::write(&file, server_settings(&dir, options)?)?;
+        let program = product(SERVER).context("millstream-server is not built")?;
+        let mut command = link.map_or_else(|| Command::new(&program), |link| link.command(&program));
+        command.arg("--config").arg(&file);
+        let mut process = Process::spawn(SERVER, command, &work.log(SERVER))?;
+        let port = options.address.port();
+        let id = process.id();
+        process.wait_ready(READY, || listens(id, port))?;
+        Ok(Self { process })
+    }
+
+    /// Asks it to end.
+    ///
+    /// # Errors
+    ///
+    /// If its end cannot be awaited.
+    pub fn stop(self) -> Result<()> {
+        self.process.stop().map(drop)
+    }
+
+    /// SIGKILL.
+    ///
+    /// # Errors
+    ///
+    /// If it does not end.
+    pub fn crash(self) -> Result<()> {
+        self.process.crash()
+    }
+}
+
+/// Whether the process's network, whichever it is in, has a listener on the port.
+pub(crate) fn listens(process: u32, port: u16) -> bool {
+    const LISTEN: &str = "0A";
+    ["tcp", "tcp6"].iter().any(|table| {
+        let text = std::fs::read_to_string(format!("/proc/{process}/net/{table}")).unwrap_or_default();
+        text.lines().skip(1).any(|line| {
+            let mut fields = line.split_whitespace().skip(1);
+            let local = fields.next().and_then(|local| local.rsplit_once(':'));
+            let found = local.and_then(|(_, port)| u16::from_str_radix(port, 16).ok());
+            found == Some(port) && fields.nth(1) == Some(LISTEN)
+        })
+    })
+}
+
+fn status_of(socket: &Path) -> Result<StatusResponse> {
+    call(socket, async |mut node| node.status(StatusRequest {}).await)
+}
+
+fn call<T>(
+    socket: &Path,
+    ask: impl AsyncFnOnce(NodeClient<tonic::transport::Channel>) -> Result<tonic::Response<T>, tonic::Status>,
+) -> Result<T> {
+    let runtime = tokio::runtime::Builder::new_current_thread().enable_all().build()?;
+    runtime.block_on(async {
+        let client = NodeClient::new(connect(socket).await?);
+        let answer = tokio::time::timeout(CALL, ask(client)).await;
+        Ok(answer.with_context(|| format!("no answer from {NODE}"))??.into_inner())
+    })
+}
+
+fn node_settings(dir: &Path, options: &NodeOptions) -> Result<String> {
+    let mut text = format!(
+        "root = {:?}\nsocket = {:?}\n\n[server]\naddress = {:?}\n",
+        dir.join("root"),
+        dir.join("m.sock"),
+        options.server
+    );
+    if let Some(ca) = &options.ca {
+        writeln!(text, "ca = {ca:?}")?;
+    }
+    writeln!(text, "\n[registry]\nhosts_dir = {:?}", options.certs_d)?;
+    if let Some(file) = &options.docker_config {
+        writeln!(text, "docker_config = {file:?}")?;
+    }
+    let deadline = options.read_deadline.as_millis();
+    writeln!(text, "\n[fetch]\nhydration = {}\nread_deadline = \"{deadline}ms\"", options.hydration)?;
+    text.push_str("\n[log]\nlevel = \"debug,h2=info,hyper=info,tonic=info,tower=info\"\n");
+    Ok(text)
+}
+
+fn server_settings(dir: &Path, options: &ServerOptions) -> Result<String> {
+    let (store, scratch) = (dir.join("store"), dir.join("scratch"));
+    std::fs::create_dir_all(&scratch)?;
+    let mut text = format!("listen = {:?}\nstore = {store:?}\n", options.address.to_string());
+    if let Some(tls) = &options.tls {
+        let (certificate, key) = tls.server();
+        writeln!(text, "\n[tls]\ncert = {certificate:?}\nkey = {key:?}")?;
+    }
+    writeln!(text, "\n[registry]\nhosts_dir = {:?}", options.certs_d)?;
+    writeln!(text, "\n[import]\non_demand = {}\nscratch = {scratch:?}", options.import_on_demand)?;
+    text.push_str("\n[log]\nlevel = \"debug,h2=info,hyper=info,tonic=info,tower=info\"\n");
+    Ok(text)
+}

