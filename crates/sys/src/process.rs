@@ -9,7 +9,7 @@ use std::sync::atomic::{AtomicBool, Ordering};
 /// First number that [`spawn_with`] gives to a passed descriptor (0 to 2 are the standard streams).
 pub const FIRST_PASSED: RawFd = 3;
 
-/// Starts `command` with `passed[i]` as its descriptor number `FIRST_PASSED + i`. The child is killed when the thread that
+/// Starts `command` with `passed[i]` as its descriptor number `FIRST_PASSED + i` and no signal blocked. The child is killed when the thread that
 /// started it ends, so that no worker outlives its supervisor.
 ///
 /// # Errors
@@ -23,7 +23,7 @@ pub fn spawn_with(mut command: Command, passed: &[BorrowedFd<'_>]) -> io::Result
     }
     let numbers: Vec<RawFd> = sources.iter().map(AsRawFd::as_raw_fd).collect();
     let supervisor = std::process::id();
-    // SAFETY: between fork and exec only dup2(2), prctl(2), getppid(2) and _exit(2) are called, all async-signal-safe; the
+    // SAFETY: between fork and exec only dup2(2), sigprocmask(2), prctl(2), getppid(2) and _exit(2) are called, all async-signal-safe; the
     // vector was allocated before the fork and is only read.
     unsafe {
         command.pre_exec(move || {
@@ -32,6 +32,12 @@ pub fn spawn_with(mut command: Command, passed: &[BorrowedFd<'_>]) -> io::Result
                 if libc::dup2(*source, target) < 0 {
                     return Err(io::Error::last_os_error());
                 }
+            }
+            // Signals that the supervisor takes one by one (`signals`) are blocked in it, and that would be inherited.
+            let mut none: libc::sigset_t = std::mem::zeroed();
+            libc::sigemptyset(&raw mut none);
+            if libc::sigprocmask(libc::SIG_SETMASK, &raw const none, std::ptr::null_mut()) < 0 {
+                return Err(io::Error::last_os_error());
             }
             if libc::prctl(libc::PR_SET_PDEATHSIG, libc::SIGKILL) < 0 {
                 return Err(io::Error::last_os_error());
@@ -77,6 +83,22 @@ mod tests {
     use super::*;
     use std::io::Read;
     use std::os::fd::AsFd;
+
+    #[test]
+    fn the_child_can_be_asked_to_end() {
+        std::thread::spawn(|| {
+            crate::signals::Signals::block(&[libc::SIGTERM]).unwrap();
+            let mut command = Command::new("sleep");
+            command.arg("60");
+            let mut child = spawn_with(command, &[]).unwrap();
+            let pid = rustix::process::Pid::from_child(&child);
+            rustix::process::kill_process(pid, rustix::process::Signal::TERM).unwrap();
+            let status = child.wait().unwrap();
+            assert_eq!(std::os::unix::process::ExitStatusExt::signal(&status), Some(libc::SIGTERM));
+        })
+        .join()
+        .unwrap();
+    }
 
     #[test]
     fn the_child_finds_each_descriptor_at_its_number() {

@@ -17,7 +17,7 @@ impl std::fmt::Debug for Signals {
 
 impl Signals {
     /// Blocks `signals` in this thread (call it before any other thread is started); from now on they wait for [`Self::wait`].
-    /// Children started by the standard library begin with no signal blocked.
+    /// Children inherit the block, unless [`crate::process::spawn_with`] starts them.
     ///
     /// # Errors
     /// When a number is not a signal.

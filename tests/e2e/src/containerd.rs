@@ -100,6 +100,15 @@ impl Containerd {
             Version::V1 => "containerd1",
             Version::V2 => "containerd2",
         };
+        Self::start_as(work, name, options)
+    }
+
+    /// The same under a name of its own: a second one in the same workdir.
+    ///
+    /// # Errors
+    ///
+    /// If it does not start.
+    pub fn start_as(work: &Workdir, name: &str, options: ContainerdOptions) -> Result<Self> {
         let dir = work.dir(name)?;
         std::fs::write(dir.join("config.toml"), config_text(&dir, &options))?;
         let mut containerd = Self { options, dir, log: work.log(name), process: None };

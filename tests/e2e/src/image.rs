@@ -39,6 +39,8 @@ impl MediaTypes {
 
     fn layer(self, packing: Packing) -> &'static str {
         match (self, packing) {
+            (Self::Oci, Packing::Zstd) => "application/vnd.oci.image.layer.v1.tar+zstd",
+            (Self::Docker, Packing::Zstd) => "application/vnd.docker.image.rootfs.diff.tar.zstd",
             (Self::Oci, Packing::Plain) => "application/vnd.oci.image.layer.v1.tar",
             (Self::Oci, _) => "application/vnd.oci.image.layer.v1.tar+gzip",
             (Self::Docker, Packing::Plain) => "application/vnd.docker.image.rootfs.diff.tar",
@@ -162,19 +164,30 @@ pub fn pause() -> Result<Image> {
     Ok(Image::new().layer(entries, Packing::Gzip).entrypoint(&["/bin/busybox", "sleep", "2000000000"]))
 }
 
+/// A layer with a shell, the usual commands, and everything that a runtime would make for itself if it were missing.
+///
+/// # Errors
+///
+/// If there is no `busybox` on this machine.
+pub fn shell() -> Result<Vec<Entry>> {
+    let mut entries = vec![Entry::directory("bin"), busybox()?];
+    entries.extend(APPLETS.iter().map(|name| Entry::symlink(format!("bin/{name}"), "busybox")));
+    entries.extend(["dev", "etc", "proc", "root", "sys"].map(Entry::directory));
+    entries.extend([
+        Entry::directory("tmp").mode(0o1777),
+        Entry::file("etc/passwd", "root:x:0:0:root:/root:/bin/sh\nnobody:x:65534:65534:nobody:/:/bin/sh\n"),
+        Entry::file("etc/group", "root:x:0:\nnogroup:x:65534:\n"),
+    ]);
+    entries.extend(["hostname", "hosts", "resolv.conf"].map(|name| Entry::file(format!("etc/{name}"), "")));
+    Ok(entries)
+}
+
 /// A small image with a shell and the usual commands in three layers, the topmost of which removes a file.
 ///
 /// # Errors
 ///
 /// If there is no `busybox` on this machine.
 pub fn small() -> Result<Image> {
-    let mut base = vec![Entry::directory("bin"), busybox()?];
-    base.extend(APPLETS.iter().map(|name| Entry::symlink(format!("bin/{name}"), "busybox")));
-    base.extend([
-        Entry::directory("etc"),
-        Entry::file("etc/passwd", "root:x:0:0:root:/root:/bin/sh\n"),
-        Entry::directory("tmp").mode(0o1777),
-    ]);
     let data = vec![
         Entry::directory("data"),
         Entry::file("data/hello", "hello from the middle layer\n").mtime(1_704_067_201, 250_000_000),
@@ -184,7 +197,7 @@ pub fn small() -> Result<Image> {
     ];
     let top =
         vec![Entry::directory("data"), Entry::whiteout("data/gone"), Entry::file("data/top", "top\n").mode(0o600)];
-    Ok(Image::new().layer(base, Packing::Gzip).layer(data, Packing::Gzip).layer(top, Packing::Gzip).command(&[
+    Ok(Image::new().layer(shell()?, Packing::Gzip).layer(data, Packing::Gzip).layer(top, Packing::Gzip).command(&[
         "/bin/sh",
         "-c",
         "cat /data/hello",
@@ -195,30 +208,37 @@ const APPLETS: &[&str] = &[
     "cat",
     "chmod",
     "cp",
+    "cmp",
     "dd",
     "df",
+    "du",
     "echo",
     "env",
     "find",
     "grep",
     "head",
     "id",
+    "ln",
     "ls",
     "md5sum",
     "mkdir",
     "mv",
+    "readlink",
     "rm",
+    "seq",
     "sh",
     "sha256sum",
     "sleep",
     "sort",
     "stat",
+    "su",
     "tail",
     "tar",
     "test",
     "touch",
     "true",
     "wc",
+    "xargs",
 ];
 
 fn busybox() -> Result<Entry> {

@@ -22,6 +22,8 @@ pub use crate::pack::Packing;
 const OCTAL_8: u64 = 0o7_777_777;
 /// Largest number that a twelve-byte octal field holds.
 const OCTAL_12: u64 = 0o77_777_777_777;
+/// Bytes of a block of a tar.
+const BLOCK: usize = 512;
 /// Bytes of the name and link name fields.
 const NAME_FIELD: usize = 100;
 
@@ -32,6 +34,8 @@ pub enum Content {
     Bytes(Vec<u8>),
     /// Read when the layer is written.
     File(PathBuf),
+    /// Stored with its holes left out, in GNU's sparse form 1.0: the whole size, and what stands where, ascending.
+    Sparse(u64, Vec<(u64, Vec<u8>)>),
 }
 
 /// What an entry is.
@@ -85,6 +89,11 @@ impl Entry {
     /// A regular file.
     pub fn file(path: impl AsRef<[u8]>, content: impl Into<Vec<u8>>) -> Self {
         Self::new(path, Kind::File(Content::Bytes(content.into())))
+    }
+
+    /// A regular file of `size` bytes that is stored without its holes: `pieces` are what stands where, ascending.
+    pub fn sparse(path: impl AsRef<[u8]>, size: u64, pieces: Vec<(u64, Vec<u8>)>) -> Self {
+        Self::new(path, Kind::File(Content::Sparse(size, pieces)))
     }
 
     /// A symbolic link.
@@ -156,7 +165,7 @@ pub struct LayerInfo {
 ///
 /// If a source file cannot be read or `out` cannot be written.
 pub fn write_layer(entries: &[Entry], packing: Packing, out: impl Write) -> Result<LayerInfo> {
-    let packer = Packer::new(packing, Hashing::new(out));
+    let packer = Packer::new(packing, Hashing::new(out))?;
     let mut builder = tar::Builder::new(Hashing::new(packer));
     for entry in entries {
         append(&mut builder, entry)
@@ -272,6 +281,10 @@ fn append<W: Write>(builder: &mut tar::Builder<W>, entry: &Entry) -> Result<()> 
     }
     let kind = match &entry.kind {
         Kind::Directory => EntryType::Directory,
+        Kind::File(Content::Sparse(size, _)) => {
+            records.extend(sparse_records(&entry.path, *size));
+            EntryType::Regular
+        }
         Kind::File(_) => EntryType::Regular,
         Kind::Symlink(target) => {
             set_name(&mut header.as_old_mut().linkname, "linkpath", target, &mut records);
@@ -297,8 +310,34 @@ fn append<W: Write>(builder: &mut tar::Builder<W>, entry: &Entry) -> Result<()> 
             // A file that grows meanwhile must not make the tar invalid.
             append_data(builder, header, size, file.take(size))
         }
+        Kind::File(Content::Sparse(_, pieces)) => {
+            let stored = sparse_data(pieces);
+            append_data(builder, header, stored.len() as u64, stored.as_slice())
+        }
         _ => append_data(builder, header, 0, io::empty()),
     }
+}
+
+/// Readers that do not know the form see a file of another name.
+fn sparse_records(path: &[u8], size: u64) -> Vec<(String, Vec<u8>)> {
+    let record = |key: &str, value: Vec<u8>| (format!("GNU.sparse.{key}"), value);
+    let numbers = [("major", 1), ("minor", 0), ("realsize", size)];
+    let numbers = numbers.map(|(key, value)| record(key, value.to_string().into_bytes()));
+    numbers.into_iter().chain([record("name", path.to_vec())]).collect()
+}
+
+/// The map in decimal lines, filled up to a block, then the pieces.
+fn sparse_data(pieces: &[(u64, Vec<u8>)]) -> Vec<u8> {
+    let mut map = format!("{}\n", pieces.len());
+    for (offset, piece) in pieces {
+        map.push_str(&format!("{offset}\n{}\n", piece.len()));
+    }
+    let mut stored = map.into_bytes();
+    stored.resize(stored.len().next_multiple_of(BLOCK), 0);
+    for (_, piece) in pieces {
+        stored.extend_from_slice(piece);
+    }
+    stored
 }
 
 fn append_data<W: Write>(
@@ -353,7 +392,7 @@ mod tests {
     fn members_and_one_stream_hold_the_same_tar() {
         let entries = [Entry::directory("d"), Entry::file("d/f", vec![7; 5000]).mtime(1, 5).xattr("user.a", "b")];
         let mut blobs = Vec::new();
-        for packing in [Packing::Plain, Packing::Gzip, Packing::GzipMembers(1000)] {
+        for packing in [Packing::Plain, Packing::Gzip, Packing::GzipMembers(1000), Packing::Zstd] {
             let mut blob = Vec::new();
             let info = write_layer(&entries, packing, &mut blob).unwrap();
             assert_eq!(info.size, blob.len() as u64);

@@ -4,6 +4,7 @@
 pub mod containerd;
 pub mod cri;
 pub mod daemons;
+pub mod debian;
 pub mod delay;
 pub mod image;
 pub mod layer;
@@ -12,6 +13,8 @@ pub mod need;
 mod pack;
 pub mod process;
 pub mod registry;
+pub mod spoil;
+pub mod stage;
 mod sweep;
 pub mod tree;
 pub mod workdir;

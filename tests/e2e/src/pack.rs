@@ -5,6 +5,7 @@ use std::io::{self, Write};
 use anyhow::{Context as _, Result};
 use flate2::{Compression, write::GzEncoder};
 use sha2::{Digest as _, Sha256};
+use zstd::stream::write::Encoder as ZstdEncoder;
 
 /// How a layer's tar becomes a blob.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
@@ -15,6 +16,8 @@ pub enum Packing {
     Gzip,
     /// A new gzip member after so many bytes of tar.
     GzipMembers(u64),
+    /// One zstd frame.
+    Zstd,
 }
 
 /// Passes bytes on and remembers their digest and number.
@@ -57,16 +60,18 @@ pub(crate) enum Packer<W: Write> {
         member: u64,
         left: u64,
     },
+    Zstd(Box<ZstdEncoder<'static, W>>),
 }
 
 impl<W: Write> Packer<W> {
-    pub(crate) fn new(packing: Packing, out: W) -> Self {
+    pub(crate) fn new(packing: Packing, out: W) -> Result<Self> {
         let member = match packing {
-            Packing::Plain => return Self::Plain(out),
+            Packing::Plain => return Ok(Self::Plain(out)),
+            Packing::Zstd => return Ok(Self::Zstd(Box::new(ZstdEncoder::new(out, 0)?))),
             Packing::Gzip => u64::MAX,
             Packing::GzipMembers(size) => size.max(1),
         };
-        Self::Gzip { encoder: Some(gzip(out)), member, left: member }
+        Ok(Self::Gzip { encoder: Some(gzip(out)), member, left: member })
     }
 
     /// Ends the last member and gives the writer back.
@@ -74,6 +79,7 @@ impl<W: Write> Packer<W> {
         match self {
             Self::Plain(out) => Ok(out),
             Self::Gzip { encoder, .. } => Ok(encoder.context("the encoder failed before")?.finish()?),
+            Self::Zstd(encoder) => Ok(encoder.finish()?),
         }
     }
 }
@@ -82,6 +88,7 @@ impl<W: Write> Write for Packer<W> {
     fn write(&mut self, bytes: &[u8]) -> io::Result<usize> {
         match self {
             Self::Plain(out) => out.write(bytes),
+            Self::Zstd(encoder) => encoder.write(bytes),
             Self::Gzip { encoder, member, left } => {
                 if *left == 0 {
                     let out = encoder.take().ok_or(io::ErrorKind::BrokenPipe)?.finish()?;
@@ -99,6 +106,7 @@ impl<W: Write> Write for Packer<W> {
     fn flush(&mut self) -> io::Result<()> {
         match self {
             Self::Plain(out) => out.flush(),
+            Self::Zstd(encoder) => encoder.flush(),
             Self::Gzip { encoder, .. } => encoder.as_mut().map_or(Ok(()), Write::flush),
         }
     }

@@ -252,7 +252,7 @@ fn plain_directory(layout: &Path, tag: &str, to: &Path) -> Result<()> {
     Ok(())
 }
 
-/// One line of the access log.
+/// One line of the access log, which the registry writes when the answer is sent.
 #[derive(Debug, Clone, PartialEq, Eq)]
 pub struct Request {
     /// `GET`, `HEAD`, ...
@@ -261,6 +261,8 @@ pub struct Request {
     pub path: String,
     /// HTTP status.
     pub status: u16,
+    /// Bytes of the answer's body.
+    pub bytes: u64,
 }
 
 /// Apache's log format, which the registry writes among its other lines.
@@ -268,8 +270,10 @@ fn parse_request(line: &str) -> Option<Request> {
     let (_, rest) = line.split_once("] \"")?;
     let (request, rest) = rest.split_once('"')?;
     let mut words = request.split(' ');
-    let status = rest.trim_start().split(' ').next()?.parse().ok()?;
-    Some(Request { method: words.next()?.to_owned(), path: words.next()?.to_owned(), status })
+    let mut numbers = rest.split_whitespace();
+    let status = numbers.next()?.parse().ok()?;
+    let bytes = numbers.next()?.parse().ok()?;
+    Some(Request { method: words.next()?.to_owned(), path: words.next()?.to_owned(), status, bytes })
 }
 
 fn config_text(dir: &Path, options: &RegistryOptions) -> Result<String> {
@@ -309,7 +313,8 @@ mod tests {
         let line =
             r#"127.0.0.1 - - [22/Nov/2026:05:59:01 +0000] "GET /v2/t/blobs/sha256:c2 HTTP/1.1" 206 715 "" "x/1""#;
         let request = parse_request(line).unwrap();
-        assert_eq!(request, Request { method: "GET".into(), path: "/v2/t/blobs/sha256:c2".into(), status: 206 });
+        let path = "/v2/t/blobs/sha256:c2".into();
+        assert_eq!(request, Request { method: "GET".into(), path, status: 206, bytes: 715 });
         assert_eq!(parse_request("time=\"x\" level=info msg=\"listening on [::]\""), None);
     }
 }

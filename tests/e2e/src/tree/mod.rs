@@ -158,6 +158,11 @@ impl Differences {
         self.lines.is_empty()
     }
 
+    /// One line for each.
+    pub fn lines(&self) -> &[String] {
+        &self.lines
+    }
+
     /// How many there are.
     pub fn len(&self) -> usize {
         self.lines.len()

@@ -1,0 +1,345 @@
+//! What most tests of the product stand on: a registry, millstream-server, and nodes that use both.
+
+use std::io::Write as _;
+use std::net::SocketAddr;
+use std::path::PathBuf;
+use std::process::{Command, Stdio};
+use std::time::Duration;
+
+use anyhow::{Context as _, Result, ensure};
+use millstream_wire::millstream::v1::LayerStatus;
+use millstream_wire::millstream::v1::decision::Outcome;
+use millstream_wire::millstream::v1::layer_status::State;
+
+use crate::containerd::{Containerd, ContainerdOptions, Snapshotter, Version};
+use crate::cri::Cri;
+use crate::daemons::{NODE, Node, NodeOptions, SERVER, Server, ServerOptions};
+use crate::image::{Image, ImageInfo, pause};
+use crate::need::{Need, product};
+use crate::process::eventually;
+use crate::registry::{Login, Registry, RegistryOptions, Request, free_address};
+use crate::spoil::Spoiler;
+use crate::workdir::Workdir;
+
+/// The command line.
+pub const CLI: &str = "millstream";
+/// The programs that every test of the product needs, besides [`crate::need::CONTAINERS`].
+pub const PRODUCT: &[Need] = &[Need::Product(NODE), Need::Product(SERVER), Need::Product(CLI)];
+/// How long what happens in the background may take.
+const PATIENCE: Duration = Duration::from_secs(60);
+
+/// A workdir with a registry that holds `pause:1`, and a server that has imported nothing yet.
+#[derive(Debug)]
+pub struct Stage {
+    server: Option<Server>,
+    server_options: ServerOptions,
+    spoiler: Option<Spoiler>,
+    registry: Option<Registry>,
+    requests_before: Vec<Request>,
+    login: Option<Login>,
+    certs_d: PathBuf,
+    layout: PathBuf,
+    /// Where everything lives; the last to go.
+    pub work: Workdir,
+}
+
+/// An image in the registry.
+#[derive(Debug, Clone)]
+pub struct Pushed {
+    /// What clients call it.
+    pub reference: String,
+    /// Its digests.
+    pub info: ImageInfo,
+}
+
+impl Pushed {
+    /// Digests of its layers with `sha256:`, bottom first.
+    pub fn layers(&self) -> Vec<String> {
+        self.info.layers.iter().map(|layer| format!("sha256:{}", layer.digest)).collect()
+    }
+
+    /// Bytes of all its layers in the registry; of layers that occur twice once.
+    pub fn bytes(&self) -> u64 {
+        let mut layers: Vec<_> = self.info.layers.iter().map(|layer| (&layer.digest, layer.size)).collect();
+        layers.sort_unstable();
+        layers.dedup();
+        layers.iter().map(|(_, size)| size).sum()
+    }
+}
+
+impl Stage {
+    /// An open registry.
+    ///
+    /// # Errors
+    ///
+    /// If a program does not start.
+    pub fn set() -> Result<Self> {
+        Self::raise(None, false)
+    }
+
+    /// A registry that wants a login.
+    ///
+    /// # Errors
+    ///
+    /// If a program does not start.
+    pub fn with_login(login: &Login) -> Result<Self> {
+        Self::raise(Some(login.clone()), false)
+    }
+
+    /// A registry behind a [`Spoiler`].
+    ///
+    /// # Errors
+    ///
+    /// If a program does not start.
+    pub fn with_spoiler() -> Result<Self> {
+        Self::raise(None, true)
+    }
+
+    fn raise(login: Option<Login>, spoiled: bool) -> Result<Self> {
+        let work = Workdir::new()?;
+        let options = RegistryOptions { login: login.clone(), ..RegistryOptions::loopback()? };
+        let registry = Registry::start(&work, options)?;
+        let certs_d = work.dir("certs.d")?;
+        registry.write_hosts(&certs_d)?;
+        let spoiler = spoiled.then(|| Spoiler::start(registry.address())).transpose()?;
+        if let Some(spoiler) = &spoiler {
+            let dir = certs_d.join(spoiler.address().to_string());
+            std::fs::create_dir_all(&dir)?;
+            let url = format!("http://{}", spoiler.address());
+            let text = format!("server = {url:?}\n\n[host.{url:?}]\n  capabilities = [\"pull\", \"resolve\"]\n");
+            std::fs::write(dir.join("hosts.toml"), text)?;
+        }
+        let server_options =
+            ServerOptions { address: free_address()?, tls: None, certs_d: certs_d.clone(), import_on_demand: false };
+        let server = Some(Server::start(&work, &server_options, None)?);
+        let layout = work.dir("layout")?;
+        let registry = Some(registry);
+        let requests_before = Vec::new();
+        let stage = Self { server, server_options, spoiler, registry, requests_before, login, certs_d, layout, work };
+        stage.push("pause", &pause()?)?;
+        Ok(stage)
+    }
+
+    /// The registry.
+    ///
+    /// # Errors
+    ///
+    /// If it was stopped.
+    pub fn registry(&self) -> Result<&Registry> {
+        self.registry.as_ref().context("the registry is down")
+    }
+
+    /// The proxy before the registry.
+    ///
+    /// # Errors
+    ///
+    /// If this stage has none.
+    pub fn spoiler(&self) -> Result<&Spoiler> {
+        self.spoiler.as_ref().context("nothing stands before the registry")
+    }
+
+    /// What clients call the registry.
+    fn host(&self) -> Result<SocketAddr> {
+        match &self.spoiler {
+            Some(spoiler) => Ok(spoiler.address()),
+            None => Ok(self.registry()?.address()),
+        }
+    }
+
+    /// Puts an image into the registry, as `name:1`.
+    ///
+    /// # Errors
+    ///
+    /// If it cannot be written or pushed.
+    pub fn push(&self, name: &str, image: &Image) -> Result<Pushed> {
+        let info = image.write(&self.layout, name)?;
+        self.registry()?.push(&self.layout, name, &format!("{name}:1"))?;
+        Ok(Pushed { reference: format!("{}/{name}:1", self.host()?), info })
+    }
+
+    /// Has the server import an image, by the command line, and returns what that printed.
+    ///
+    /// # Errors
+    ///
+    /// If the import fails.
+    pub fn import(&self, image: &Pushed) -> Result<String> {
+        let mut command = Command::new(product(CLI).context("millstream is not built")?);
+        command.args(["import", &image.reference, "--server", &self.server_address()]);
+        if let Some(login) = &self.login {
+            command.args(["--username", &login.user, "--password-stdin"]);
+        }
+        command.stdin(Stdio::piped()).stdout(Stdio::piped()).stderr(Stdio::piped());
+        let mut child = command.spawn().context("starting millstream")?;
+        if let (Some(mut stdin), Some(login)) = (child.stdin.take(), &self.login) {
+            stdin.write_all(login.password.as_bytes())?;
+        }
+        let result = child.wait_with_output()?;
+        let text = |bytes: &[u8]| String::from_utf8_lossy(bytes).into_owned();
+        ensure!(result.status.success(), "importing {}: {}", image.reference, text(&result.stderr));
+        Ok(text(&result.stdout) + &text(&result.stderr))
+    }
+
+    /// Pushes and imports.
+    ///
+    /// # Errors
+    ///
+    /// If either fails.
+    pub fn publish(&self, name: &str, image: &Image) -> Result<Pushed> {
+        let pushed = self.push(name, image)?;
+        self.import(&pushed)?;
+        Ok(pushed)
+    }
+
+    /// Where the server is, or was.
+    pub fn server_address(&self) -> String {
+        format!("http://{}", self.server_options.address)
+    }
+
+    /// Settings of a node that knows registry and server.
+    pub fn node_options(&self) -> NodeOptions {
+        NodeOptions::new(&self.server_address(), &self.certs_d)
+    }
+
+    /// A node without background downloads.
+    ///
+    /// # Errors
+    ///
+    /// If it does not start.
+    pub fn node_on_demand(&self) -> Result<Node> {
+        Node::start(&self.work, &NodeOptions { hydration: false, ..self.node_options() })
+    }
+
+    /// A containerd with this snapshotter. CRI of 2.x pulls through the transfer service if `transfer` is set.
+    ///
+    /// # Errors
+    ///
+    /// If it does not start.
+    pub fn containerd(&self, version: Version, node: &Node, transfer: bool) -> Result<Containerd> {
+        Containerd::start(&self.work, self.containerd_options(version, node.snapshotter(), transfer)?)
+    }
+
+    /// Debian's containerd on its own overlayfs beside the other: what is true.
+    ///
+    /// # Errors
+    ///
+    /// If it does not start.
+    pub fn oracle(&self) -> Result<Containerd> {
+        let options = self.containerd_options(Version::V1, Snapshotter::Overlayfs, false)?;
+        Containerd::start_as(&self.work, "oracle", options)
+    }
+
+    fn containerd_options(
+        &self,
+        version: Version,
+        snapshotter: Snapshotter,
+        transfer: bool,
+    ) -> Result<ContainerdOptions> {
+        let pause_image = format!("{}/pause:1", self.host()?);
+        Ok(ContainerdOptions { version, snapshotter, pause_image, certs_d: self.certs_d.clone(), transfer })
+    }
+
+    /// CRI of this containerd.
+    ///
+    /// # Errors
+    ///
+    /// If it does not answer.
+    pub fn cri(&self, containerd: &Containerd) -> Result<Cri> {
+        Cri::connect(&self.work, &containerd.socket())
+    }
+
+    /// Stops the server.
+    ///
+    /// # Errors
+    ///
+    /// If its end cannot be awaited.
+    pub fn stop_server(&mut self) -> Result<()> {
+        self.server.take().map_or(Ok(()), Server::stop)
+    }
+
+    /// Stops server and registry: all that a node can ask.
+    ///
+    /// # Errors
+    ///
+    /// If an end cannot be awaited.
+    pub fn go_dark(&mut self) -> Result<()> {
+        self.stop_server()?;
+        self.spoiler = None;
+        self.registry.take().map_or(Ok(()), Registry::stop)
+    }
+
+    /// Requests that the registry answers from now on are what [`Stage::layer_requests`] counts.
+    ///
+    /// # Errors
+    ///
+    /// If its log cannot be read.
+    pub fn count_from_now(&mut self) -> Result<()> {
+        self.requests_before = self.registry()?.requests()?;
+        Ok(())
+    }
+
+    /// The requests for content of layers of this image since [`Stage::count_from_now`].
+    ///
+    /// # Errors
+    ///
+    /// If the registry's log cannot be read.
+    pub fn layer_requests(&self, image: &Pushed) -> Result<Vec<Request>> {
+        let mut requests = self.registry()?.requests()?.split_off(self.requests_before.len());
+        let blobs: Vec<String> = image.layers().iter().map(|digest| format!("/blobs/{digest}")).collect();
+        requests.retain(|request| request.method == "GET" && blobs.iter().any(|blob| request.path.ends_with(blob)));
+        Ok(requests)
+    }
+
+    /// The layers of this image that somebody fetched whole since [`Stage::count_from_now`], as positions from the bottom.
+    ///
+    /// # Errors
+    ///
+    /// If the registry's log cannot be read.
+    pub fn fetched_whole(&self, image: &Pushed) -> Result<Vec<usize>> {
+        let requests = self.layer_requests(image)?;
+        let whole = |digest: &String| {
+            requests.iter().any(|request| request.status == 200 && request.path.ends_with(digest.as_str()))
+        };
+        Ok((0..).zip(&image.layers()).filter(|(_, digest)| whole(digest)).map(|(position, _)| position).collect())
+    }
+}
+
+/// Waits until the node's latest decision about the image is this one; `code` is empty for lazy and local.
+///
+/// # Errors
+///
+/// If it is not within a minute; the error says what it is instead.
+pub fn await_decision(node: &Node, image: &Pushed, outcome: Outcome, code: &str) -> Result<()> {
+    let mut seen = Vec::new();
+    let found = eventually("the decision", PATIENCE / 6, || {
+        seen = node.explain(&image.reference).map(|answer| answer.decisions).unwrap_or_default();
+        seen.first().filter(|latest| latest.outcome() == outcome && latest.code == code).map(drop)
+    });
+    found.with_context(|| format!("{outcome:?} {code}, found {seen:?}"))
+}
+
+/// What the node says of the layers of this image that it has.
+///
+/// # Errors
+///
+/// If it does not answer.
+pub fn layers_of(node: &Node, image: &Pushed) -> Result<Vec<LayerStatus>> {
+    let layers = node.status()?.layers;
+    Ok(layers.into_iter().filter(|layer| image.layers().contains(&layer.layer)).collect())
+}
+
+/// Waits until every layer of the image is wholly local and verified.
+///
+/// # Errors
+///
+/// If they are not within a minute; the error says what they are instead.
+pub fn await_verified(node: &Node, image: &Pushed) -> Result<()> {
+    let mut wanted = image.layers();
+    wanted.sort_unstable();
+    wanted.dedup();
+    let mut seen = Vec::new();
+    let found = eventually("every layer to be verified", PATIENCE, || {
+        seen = layers_of(node, image).unwrap_or_default();
+        (seen.len() == wanted.len() && seen.iter().all(|layer| layer.state() == State::Verified)).then_some(())
+    });
+    found.with_context(|| format!("found {seen:?}"))
+}
