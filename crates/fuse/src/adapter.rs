@@ -27,6 +27,9 @@ const FOR_EVER: Duration = Duration::from_secs(100 * 365 * 24 * 3600);
 const NOT_AT_ALL: Duration = Duration::ZERO;
 /// Bytes that the kernel may ask for in one read.
 pub const MAX_READ: u32 = 1024 * 1024;
+/// Bytes that the kernel reads around a page fault or ahead of a reader: its own default. A mapped library is touched here
+/// and there, and each touch asks for this much; the fetcher looks ahead by itself where it pays.
+const MAX_READAHEAD: u32 = 128 * 1024;
 /// Background requests (read-ahead) that the kernel may have under way at once.
 const MAX_BACKGROUND: u16 = 64;
 /// What `stat(2)` names as the preferred size of reads, in bytes.
@@ -118,7 +121,7 @@ impl<C: Content> Filesystem for Adapter<C> {
         }
         // Either may be more than this kernel allows; then its own limit stays.
         let _ = config.set_max_write(MAX_READ);
-        let _ = config.set_max_readahead(MAX_READ);
+        let _ = config.set_max_readahead(MAX_READAHEAD);
         let _ = config.set_max_background(MAX_BACKGROUND);
         info!(abi = %config.kernel_abi(), "FUSE connection ready");
         Ok(())

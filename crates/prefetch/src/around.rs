@@ -10,21 +10,21 @@ const REMEMBERED: usize = 64;
 
 /// Where files of one layer were read last.
 #[derive(Debug, Default)]
-pub(crate) struct RecentReads(VecDeque<(ContentIx, u64)>);
+pub(crate) struct RecentReads(VecDeque<Recent>);
+
+#[derive(Debug, Clone, Copy)]
+struct Recent {
+    content: ContentIx,
+    /// End of the last read.
+    end: u64,
+    /// How far was fetched ahead of the reads that followed each other until now.
+    ahead: u64,
+}
 
 impl RecentReads {
-    /// Remembers a read of `range` of content `ix`; `true` if it goes on where the last one ended.
-    fn record(&mut self, ix: ContentIx, range: DataRange) -> bool {
-        let before = self.0.iter().position(|(content, _)| *content == ix).and_then(|at| self.0.remove(at));
-        if self.0.len() >= REMEMBERED {
-            self.0.pop_front();
-        }
-        self.0.push_back((ix, range.end));
-        before.is_some_and(|(_, end)| end == range.start)
-    }
-
     /// What to fetch after `range` of `content` was read: all of a small file, the next `read_ahead` bytes of one that is
-    /// read in order, else nothing.
+    /// read in order, else nothing. The next bytes are asked for when half of the last ones was read, not with every read:
+    /// each request begins with the span that the one before it ended in, if a chunk lies across the border.
     pub(crate) fn after(
         &mut self,
         ix: ContentIx,
@@ -33,15 +33,22 @@ impl RecentReads {
         small_file: u64,
         read_ahead: u64,
     ) -> Option<DataRange> {
-        let in_order = self.record(ix, range);
+        let before = self.0.iter().position(|recent| recent.content == ix).and_then(|at| self.0.remove(at));
+        let in_order = before.filter(|recent| recent.end == range.start);
+        let mut ahead = in_order.map_or(range.end, |recent| recent.ahead.max(range.end));
         let wanted = if content.len() <= small_file {
-            content
-        } else if in_order {
-            DataRange::with_len(range.end, read_ahead)
+            Some(content)
+        } else if in_order.is_some() && ahead - range.end <= read_ahead / 2 {
+            ahead = range.end.saturating_add(read_ahead);
+            Some(DataRange::new(range.end, ahead))
         } else {
-            return None;
+            None
         };
-        content.intersect(&wanted)
+        if self.0.len() >= REMEMBERED {
+            self.0.pop_front();
+        }
+        self.0.push_back(Recent { content: ix, end: range.end, ahead });
+        content.intersect(&wanted?)
     }
 }
 
@@ -64,6 +71,22 @@ mod tests {
         );
         assert_eq!(reads.after(1, large, DataRange::new(99_990, 100_000), 4000, 100), None);
         assert_eq!(reads.after(0, small, small, 0, 0), None);
+    }
+
+    #[test]
+    fn the_next_bytes_are_asked_for_when_half_of_the_last_ones_was_read() {
+        let mut reads = RecentReads::default();
+        let content = DataRange::new(0, 10_000);
+        let mut after = |start| reads.after(0, content, DataRange::with_len(start, 100), 0, 1000);
+        assert_eq!(after(0), None);
+        assert_eq!(after(100), Some(DataRange::new(200, 1200)));
+        for start in (200..600).step_by(100) {
+            assert_eq!(after(start), None, "{start}");
+        }
+        assert_eq!(after(600), Some(DataRange::new(700, 1700)));
+        // Elsewhere, it begins anew.
+        assert_eq!(after(5000), None);
+        assert_eq!(after(5100), Some(DataRange::new(5200, 6200)));
     }
 
     #[test]

@@ -198,6 +198,10 @@ impl Fetcher {
 
     fn start(&self, attached: &Arc<Attached>, group: Group, priority: Priority) -> Arc<Flight> {
         let spans: Range<SpanIx> = group.spans.clone();
+        tracing::debug!(
+            { names::LAYER } = %attached.layer.digest(), ?spans, bytes = group.blob.len(), chunks = group.chunks.len(),
+            ?priority, "fetching",
+        );
         let flight = Arc::new(Flight::new(attached.layer.clone(), spans, priority));
         let task = flight::fly(self.shared.clone(), attached.clone(), flight.clone(), group);
         self.shared.runtime.spawn(task);

@@ -29,6 +29,11 @@ pub fn image() -> Result<Image> {
     let tree = tree()?;
     let reader = std::fs::read(tree.join("bin/cat")).context("reading the base system's cat")?;
     let above = vec![
+        Entry::directory("etc"),
+        Entry::directory("root").mode(0o700),
+        Entry::directory("usr"),
+        Entry::directory("usr/local"),
+        Entry::directory("usr/local/bin"),
         Entry::file("etc/hosts", "127.0.0.1 localhost\n"),
         Entry::file("etc/resolv.conf", ""),
         Entry::file("etc/hostname", ""),

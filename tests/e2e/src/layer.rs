@@ -148,6 +148,18 @@ impl Entry {
     }
 }
 
+/// Bytes that do not compress; the same for the same `seed`.
+pub fn noise(seed: u32, bytes: usize) -> Vec<u8> {
+    let mut state = seed | 1;
+    let next = || {
+        state ^= state << 13;
+        state ^= state >> 17;
+        state ^= state << 5;
+        state.to_be_bytes()[0]
+    };
+    std::iter::repeat_with(next).take(bytes).collect()
+}
+
 /// What a written layer is known by.
 #[derive(Debug, Clone, PartialEq, Eq)]
 pub struct LayerInfo {

@@ -15,7 +15,7 @@ use crate::containerd::{Containerd, ContainerdOptions, Snapshotter, Version};
 use crate::cri::Cri;
 use crate::daemons::{NODE, Node, NodeOptions, SERVER, Server, ServerOptions};
 use crate::image::{Image, ImageInfo, pause};
-use crate::need::{Need, product};
+use crate::need::{self, CONTAINERS, Need, product};
 use crate::process::eventually;
 use crate::registry::{Login, Registry, RegistryOptions, Request, free_address};
 use crate::spoil::Spoiler;
@@ -23,10 +23,14 @@ use crate::workdir::Workdir;
 
 /// The command line.
 pub const CLI: &str = "millstream";
-/// The programs that every test of the product needs, besides [`crate::need::CONTAINERS`].
-pub const PRODUCT: &[Need] = &[Need::Product(NODE), Need::Product(SERVER), Need::Product(CLI)];
 /// How long what happens in the background may take.
 const PATIENCE: Duration = Duration::from_secs(60);
+
+/// Whether everything is there that a test of the product needs, and `more` besides; see [`need::met`].
+#[must_use]
+pub fn can_be_set(more: &[Need]) -> bool {
+    need::met(CONTAINERS) && need::met(&[NODE, SERVER, CLI].map(Need::Product)) && need::met(more)
+}
 
 /// A workdir with a registry that holds `pause:1`, and a server that has imported nothing yet.
 #[derive(Debug)]

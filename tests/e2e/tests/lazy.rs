@@ -1,0 +1,174 @@
+//! An image is pulled without its layers and runs; afterwards it becomes wholly local and needs nobody any more.
+
+#![allow(clippy::unwrap_used, missing_docs)]
+
+use std::time::Duration;
+
+use millstream_e2e::containerd::{Containerd, Version};
+use millstream_e2e::cri::{ContainerSpec, Cri};
+use millstream_e2e::daemons::Node;
+use millstream_e2e::image::{Image, shell, small};
+use millstream_e2e::layer::{Entry, Packing, noise};
+use millstream_e2e::need::Need;
+use millstream_e2e::stage::{Pushed, Stage, await_decision, await_verified, can_be_set, layers_of};
+use millstream_wire::millstream::v1::decision::Outcome;
+use millstream_wire::millstream::v1::layer_status::State;
+
+const DEADLINE: Duration = Duration::from_secs(30);
+const READ_ALL: &str = "find / -xdev -type f | sort | xargs cat | sha256sum";
+
+/// What is true of every lazy pull, whoever pulled: no layer came whole, and the node says why.
+fn assert_lazy(stage: &Stage, node: &Node, image: &Pushed) {
+    await_decision(node, image, Outcome::Lazy, "").unwrap();
+    let requests = stage.layer_requests(image).unwrap();
+    assert!(requests.iter().all(|request| request.status == 206), "{requests:?}");
+    let layers = layers_of(node, image).unwrap();
+    assert_eq!(layers.len(), image.layers().len());
+    assert!(layers.iter().all(|layer| layer.state() == State::Lazy), "{layers:?}");
+}
+
+fn runs_lazily_by_cri_and_then_without_anybody(version: Version, transfer: bool) {
+    let mut stage = Stage::set().unwrap();
+    let image = stage.publish("small", &small().unwrap()).unwrap();
+    let node = stage.node_on_demand().unwrap();
+    let containerd = stage.containerd(version, &node, transfer).unwrap();
+    let mut cri = stage.cri(&containerd).unwrap();
+    stage.count_from_now().unwrap();
+    cri.pull(&image.reference, None).unwrap();
+    assert_lazy(&stage, &node, &image);
+    let pod = cri.run_pod("pod").unwrap();
+    let default = ContainerSpec { image: &image.reference, ..ContainerSpec::default() };
+    assert_eq!(cri.run(&pod, "default", &default, DEADLINE).unwrap(), "hello from the middle layer\n");
+    assert_lazy(&stage, &node, &image);
+
+    node.set_hydration(true).unwrap();
+    await_verified(&node, &image).unwrap();
+    let requests = stage.layer_requests(&image).unwrap();
+    assert!(requests.iter().all(|request| request.status == 206), "{requests:?}");
+    stage.go_dark().unwrap();
+    assert_eq!(cri.run(&pod, "dark", &default, DEADLINE).unwrap(), "hello from the middle layer\n");
+    assert_eq!(read_all(&cri, &pod, &image).lines().count(), 1);
+}
+
+fn read_all(cri: &Cri, pod: &millstream_e2e::cri::Pod, image: &Pushed) -> String {
+    let command = &["/bin/sh", "-c", READ_ALL];
+    let spec = ContainerSpec { image: &image.reference, command, ..ContainerSpec::default() };
+    cri.run(pod, "all", &spec, DEADLINE).unwrap()
+}
+
+#[test]
+fn containerd_1_by_cri_pulls_lazily_and_needs_nobody_when_hydrated() {
+    if can_be_set(&[]) {
+        runs_lazily_by_cri_and_then_without_anybody(Version::V1, false);
+    }
+}
+
+#[test]
+fn containerd_2_by_cri_pulls_lazily_and_needs_nobody_when_hydrated() {
+    if can_be_set(&[Need::Containerd2]) {
+        runs_lazily_by_cri_and_then_without_anybody(Version::V2, false);
+    }
+}
+
+#[test]
+fn containerd_2_by_cri_through_the_transfer_service_pulls_lazily_and_needs_nobody_when_hydrated() {
+    if can_be_set(&[Need::Containerd2]) {
+        runs_lazily_by_cri_and_then_without_anybody(Version::V2, true);
+    }
+}
+
+#[test]
+fn containerd_2_by_ctr_pulls_lazily_and_needs_nobody_when_hydrated() {
+    if !can_be_set(&[Need::Containerd2]) {
+        return;
+    }
+    let mut stage = Stage::set().unwrap();
+    let image = stage.publish("small", &small().unwrap()).unwrap();
+    let node = stage.node_on_demand().unwrap();
+    let containerd = stage.containerd(Version::V2, &node, true).unwrap();
+    stage.count_from_now().unwrap();
+    containerd.ctr_pull("default", &image.reference).unwrap();
+    assert_lazy(&stage, &node, &image);
+    let run = |id: &str, command: &[&str]| {
+        containerd.ctr_run(&stage.work, "default", &image.reference, id, command).unwrap()
+    };
+    assert_eq!(run("one", &["/bin/cat", "/data/hello"]), "hello from the middle layer\n");
+    assert_lazy(&stage, &node, &image);
+    let lazily = run("all", &["/bin/sh", "-c", READ_ALL]);
+
+    node.set_hydration(true).unwrap();
+    await_verified(&node, &image).unwrap();
+    stage.go_dark().unwrap();
+    let run = |id: &str, command: &[&str]| {
+        containerd.ctr_run(&stage.work, "default", &image.reference, id, command).unwrap()
+    };
+    assert_eq!(run("dark", &["/bin/sh", "-c", READ_ALL]), lazily);
+}
+
+/// A stage with one image of a shell and a file that does not compress, in a layer of its own.
+fn stage_with_a_large_file(bytes: usize) -> (Stage, Pushed, Node, Containerd) {
+    let stage = Stage::set().unwrap();
+    let image = Image::new()
+        .layer(shell().unwrap(), Packing::Gzip)
+        .layer(vec![Entry::file("large", noise(1, bytes))], Packing::Gzip);
+    let image = stage.publish("large", &image).unwrap();
+    let node = stage.node_on_demand().unwrap();
+    let containerd = stage.containerd(Version::V1, &node, false).unwrap();
+    (stage, image, node, containerd)
+}
+
+#[test]
+fn eight_readers_of_a_cold_file_cost_the_registry_one_transfer() {
+    if !can_be_set(&[]) {
+        return;
+    }
+    let (mut stage, image, _node, containerd) = stage_with_a_large_file(24 << 20);
+    let mut cri = stage.cri(&containerd).unwrap();
+    stage.count_from_now().unwrap();
+    cri.pull(&image.reference, None).unwrap();
+    let pod = cri.run_pod("pod").unwrap();
+    let script = "for i in 1 2 3 4 5 6 7 8; do sha256sum /large & done; wait";
+    let command = &["/bin/sh", "-c", script];
+    let spec = ContainerSpec { image: &image.reference, command, ..ContainerSpec::default() };
+    let sums = cri.run(&pod, "readers", &spec, DEADLINE).unwrap();
+    let expected = sha256(&noise(1, 24 << 20));
+    assert_eq!(sums.lines().collect::<Vec<_>>(), vec![format!("{expected}  /large"); 8]);
+
+    let blob = &image.info.layers[1];
+    let requests = stage.layer_requests(&image).unwrap();
+    let received: u64 =
+        requests.iter().filter(|request| request.path.ends_with(&blob.digest)).map(|request| request.bytes).sum();
+    // One transfer, not eight. A request begins with the span of a mebibyte that the one before it ended in, where a chunk
+    // lies across the border; read-ahead makes requests of eight spans, and of four after that.
+    assert!(received <= blob.size / 2 * 3, "{received} bytes of a blob of {}: {requests:?}", blob.size);
+    assert!(received >= blob.size, "{received} bytes of a blob of {}", blob.size);
+}
+
+#[test]
+fn a_small_part_of_a_large_layer_is_read_with_a_small_part_of_its_bytes() {
+    if !can_be_set(&[]) {
+        return;
+    }
+    let (mut stage, image, node, containerd) = stage_with_a_large_file(64 << 20);
+    let mut cri = stage.cri(&containerd).unwrap();
+    stage.count_from_now().unwrap();
+    cri.pull(&image.reference, None).unwrap();
+    let pod = cri.run_pod("pod").unwrap();
+    let script = "dd if=/large bs=4096 skip=12000 count=1 2>/dev/null | sha256sum";
+    let command = &["/bin/sh", "-c", script];
+    let spec = ContainerSpec { image: &image.reference, command, ..ContainerSpec::default() };
+    let sum = cri.run(&pod, "part", &spec, DEADLINE).unwrap();
+    let expected = sha256(&noise(1, 64 << 20)[12_000 * 4096..][..4096]);
+    assert_eq!(sum, format!("{expected}  -\n"));
+    let blob = &image.info.layers[1];
+    let requests = stage.layer_requests(&image).unwrap();
+    let received: u64 =
+        requests.iter().filter(|request| request.path.ends_with(&blob.digest)).map(|request| request.bytes).sum();
+    assert!(received < blob.size / 4, "{received} bytes for one page: {requests:?}");
+    assert!(layers_of(&node, &image).unwrap().iter().all(|layer| layer.state() == State::Lazy));
+}
+
+fn sha256(bytes: &[u8]) -> String {
+    use sha2::Digest as _;
+    hex::encode(sha2::Sha256::digest(bytes))
+}
