@@ -1,7 +1,7 @@
 //! A real mount whose server is killed while a read waits, and whose next server answers that read.
 //!
 //! The servers are processes of their own, as in the product: this test binary started again with descriptors passed.
-#![allow(missing_docs, reason = "a test")]
+#![allow(missing_docs, clippy::unwrap_used, reason = "a test")]
 
 use std::fs;
 use std::io::Read;

@@ -8,6 +8,7 @@ use std::os::unix::fs::{FileTypeExt, MetadataExt};
 use std::path::{Path, PathBuf};
 
 use millstream_layerfs::{Below, BelowEntry, DirectoryAttributes};
+use rustix::fs::{Mode, OFlags, ResolveFlags};
 use rustix::io::Errno;
 
 /// Longest list of attribute names and longest value that Linux allows, in bytes.
@@ -75,6 +76,27 @@ impl Below for LowerDirs {
             }
         }
         Ok(attributes)
+    }
+
+    fn attributes_for_implied(&self, path: &[&[u8]]) -> io::Result<Option<BelowEntry>> {
+        let path: PathBuf = path.iter().map(|component| OsStr::from_bytes(component)).collect();
+        for root in &self.0 {
+            let root = fs::File::open(root)?;
+            let flags = OFlags::DIRECTORY | OFlags::RDONLY | OFlags::CLOEXEC;
+            match rustix::fs::openat2(&root, &path, flags, Mode::empty(), ResolveFlags::IN_ROOT) {
+                Ok(found) => {
+                    let found = fs::File::from(found);
+                    let metadata = found.metadata()?;
+                    // Through the descriptor, so that links on the way are not followed out of this root again.
+                    let path = PathBuf::from(format!("/proc/self/fd/{}", std::os::fd::AsRawFd::as_raw_fd(&found)));
+                    return directory_attributes(&path.join("."), &metadata).map(BelowEntry::Directory).map(Some);
+                }
+                Err(Errno::NOENT) => {}
+                Err(Errno::NOTDIR | Errno::LOOP) => return Ok(Some(BelowEntry::Other)),
+                Err(error) => return Err(error.into()),
+            }
+        }
+        Ok(None)
     }
 }
 
@@ -171,5 +193,17 @@ mod tests {
         }
         let Some(BelowEntry::Directory(attributes)) = below.lookup(&[b"d"]).unwrap() else { panic!("a directory") };
         assert_eq!(attributes.mode, 0o1751);
+        // What containerd copies attributes from: whatever a lower directory has there by itself, links followed.
+        std::os::unix::fs::symlink("/d", top.join("link")).unwrap();
+        rustix::fs::lsetxattr(top.join("d"), "user.note", b"x", rustix::fs::XattrFlags::empty()).unwrap();
+        let implied = |path: &str| {
+            let components: Vec<&[u8]> = path.split('/').map(str::as_bytes).collect();
+            below.attributes_for_implied(&components).unwrap()
+        };
+        let Some(BelowEntry::Directory(attributes)) = implied("link") else { panic!("a directory") };
+        assert_eq!((attributes.mode, attributes.xattrs), (0o1751, vec![(b"user.note".to_vec(), b"x".to_vec())]));
+        for (path, expected) in [("opaque/old", "directory"), ("gone", "other"), ("f", "other"), ("none", "nothing")] {
+            assert_eq!(kind(implied(path)), expected, "{path}");
+        }
     }
 }

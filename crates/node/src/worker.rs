@@ -1,5 +1,6 @@
 //! The process that does the work; it may die at any time and is started again by the supervisor.
 
+use std::collections::HashSet;
 use std::io;
 use std::os::fd::OwnedFd;
 use std::os::unix::net::UnixListener;
@@ -10,6 +11,7 @@ use anyhow::Context;
 use millstream_chunkstore::{Store, StoreOptions};
 use millstream_fuse::{Adapter, Connection, Session};
 use millstream_layerfs::LayerFs;
+use millstream_oci::Digest;
 use millstream_prefetch::{FetchOptions, Fetcher};
 use millstream_registry::{Registry, RegistryOptions};
 use millstream_snapshots::{Options, SnapshotService, Snapshots};
@@ -19,6 +21,7 @@ use millstream_wire::containerd::services::snapshots::v1::snapshots_server::Snap
 use millstream_wire::millstream::v1::node_server::NodeServer;
 use redb::Database;
 use tokio::signal::unix::{SignalKind, signal};
+use tokio::time::MissedTickBehavior;
 use tokio_stream::wrappers::UnixListenerStream;
 use tonic::transport::Server as GrpcServer;
 use tracing::{info, warn};
@@ -35,6 +38,9 @@ use crate::views::Views;
 
 /// How long requests that are under way may go on after we were asked to stop.
 const DRAIN: Duration = Duration::from_secs(5);
+
+/// How often layers are looked for that no snapshot shows; longer than a decision serves the `Prepare`s of one pull.
+const UNUSED: Duration = Duration::from_secs(90);
 
 /// What the supervisor passed to this process.
 #[derive(Debug)]
@@ -122,6 +128,7 @@ pub async fn run(settings: &Settings, inherited: Inheritance) -> anyhow::Result<
     if let Some(server) = server {
         server.warm_up();
     }
+    tokio::spawn(give_back_unused(snapshots.clone(), Arc::clone(&store)));
     let control = Control::new(images, settings.fetch.hydration);
     let result = serve(inherited.listener, SnapshotService::new(snapshots), control, session).await;
     let synced = tokio::task::spawn_blocking(move || store.sync_all()).await?;
@@ -129,6 +136,30 @@ pub async fn run(settings: &Settings, inherited: Inheritance) -> anyhow::Result<
         warn!(%error, "not everything is synced; it is fetched again after the next start");
     }
     result
+}
+
+/// Gives back layers that were taken in for a pull which then did not happen: the client went away, or our answer came too
+/// late for it. A layer that no snapshot shows at two looks running is not about to get one.
+async fn give_back_unused(snapshots: Snapshots, store: Arc<Store>) {
+    let mut before: HashSet<Digest> = HashSet::new();
+    let mut ticks = tokio::time::interval(UNUSED);
+    ticks.set_missed_tick_behavior(MissedTickBehavior::Delay);
+    loop {
+        ticks.tick().await;
+        let all: HashSet<Digest> = store.layers().iter().map(|layer| layer.digest()).collect();
+        let unused: HashSet<Digest> = match snapshots.layers() {
+            Ok(used) => all.difference(&used).copied().collect(),
+            Err(error) => {
+                warn!(%error, "cannot look for unused layers");
+                continue;
+            }
+        };
+        let stale: Vec<Digest> = unused.intersection(&before).copied().collect();
+        if let Err(error) = snapshots.release_unused(stale).await {
+            warn!(%error, "unused layers stay for now");
+        }
+        before = unused;
+    }
 }
 
 async fn serve(

@@ -155,7 +155,7 @@ pub fn decide_image(inputs: &ImageInputs) -> ImageDecision {
 /// What makes every layer ineligible, apart from the server.
 fn refusal(inputs: &ImageInputs) -> Option<Reason> {
     if !inputs.streaming {
-        let text = "streaming is switched off on this node; hint: millstream config explain node.streaming";
+        let text = "streaming is switched off on this node; hint: millstream streaming on";
         return Some(Reason::new("node.streaming-off", text));
     }
     if let Some(missing) = &inputs.missing {
@@ -213,11 +213,11 @@ fn registry_reason(kind: ErrorKind, message: &str) -> Reason {
         ErrorKind::Exhausted => ("registry.rate-limited", ""),
         ErrorKind::NoRange => ("registry.no-range", "; hint: a proxy between node and registry may drop ranges"),
         ErrorKind::TimedOut => ("registry.slow", ""),
-        ErrorKind::Unavailable => ("registry.unreachable", "; hint: millstream doctor"),
+        ErrorKind::Unavailable => ("registry.unreachable", "; hint: can this node reach the registry?"),
         ErrorKind::NotImported | ErrorKind::NotEligible | ErrorKind::Malformed | ErrorKind::DigestMismatch => {
             ("registry.malformed", "")
         }
-        ErrorKind::Local => ("node.local", "; hint: millstream doctor"),
+        ErrorKind::Local => ("node.local", "; hint: see the log of millstreamd"),
     };
     Reason::new(code, format!("{message}{hint}"))
 }
@@ -230,8 +230,8 @@ fn server_reason(kind: ErrorKind, message: &str) -> Reason {
         ErrorKind::Exhausted => ("server.exhausted", ""),
         ErrorKind::NoRange | ErrorKind::Malformed | ErrorKind::DigestMismatch => ("server.malformed", ""),
         ErrorKind::TimedOut => ("server.slow", "; hint: import the image before it is needed"),
-        ErrorKind::Unavailable => ("server.unreachable", "; hint: millstream doctor"),
-        ErrorKind::Local => ("node.local", "; hint: millstream doctor"),
+        ErrorKind::Unavailable => ("server.unreachable", "; hint: does millstream-server run at server.address?"),
+        ErrorKind::Local => ("node.local", "; hint: see the log of millstreamd"),
     };
     Reason::new(code, format!("{message}{hint}"))
 }

@@ -154,10 +154,10 @@ impl Snapshots {
         labels: BTreeMap<String, String>,
     ) -> Result<Prepared, Error> {
         let chain = self.parents(key, parent).await?;
-        if let Some(target) = labels.get(TARGET_LABEL) {
-            if let Some(name) = self.skip(namespace, target, &chain, &labels).await? {
-                return Ok(Prepared::Skipped(name));
-            }
+        if let Some(target) = labels.get(TARGET_LABEL)
+            && let Some(name) = self.skip(namespace, target, &chain, &labels).await?
+        {
+            return Ok(Prepared::Skipped(name));
         }
         self.create(Kind::Active, key, &chain, labels).await.map(Prepared::Mounts)
     }
@@ -216,6 +216,15 @@ impl Snapshots {
     pub async fn remove(&self, name: &str) -> Result<(), Error> {
         let name = name.to_owned();
         self.blocking(move |shared| shared.remove(&name)).await
+    }
+
+    /// Gives back those of `layers` that no snapshot shows: they were decided to be lazy, and then the client went away. A
+    /// `Prepare` that wants one of them at the same moment either keeps it or defers it.
+    ///
+    /// # Errors
+    /// When the database fails.
+    pub async fn release_unused(&self, layers: Vec<Digest>) -> Result<(), Error> {
+        self.blocking(move |shared| layers.iter().try_for_each(|layer| shared.release_unused(layer))).await
     }
 
     /// What is known of a snapshot.
@@ -483,10 +492,10 @@ impl Shared {
         let log = self.releases.lock();
         let target = request.target.to_string();
         let below = request.parent.as_ref().map(|parent| parent.name.as_str()).unwrap_or_default();
-        if let Some(name) = self.existing(&target, below, None)? {
-            if self.metadata.admit(&name, &request.namespace)? {
-                return Ok(Some(name));
-            }
+        if let Some(name) = self.existing(&target, below, None)?
+            && self.metadata.admit(&name, &request.namespace)?
+        {
+            return Ok(Some(name));
         }
         if log.released_since(mark, &layer) {
             return Ok(None);
@@ -505,20 +514,22 @@ impl Shared {
             tracing::warn!(snapshot = name, %error, "the directory of a removed snapshot stays for now");
         }
         self.background.empty_trash();
-        if let Some(layer) = removed.unused {
-            let mut log = self.releases.lock();
-            // Another Prepare may have recorded a snapshot of it meanwhile.
-            if !self.metadata.uses(&layer)? {
-                log.push(layer);
-                self.images.released(&[layer]);
-            }
+        removed.unused.map_or(Ok(()), |layer| self.release_unused(&layer))
+    }
+
+    fn release_unused(&self, layer: &Digest) -> Result<(), Error> {
+        let mut log = self.releases.lock();
+        // A Prepare may have recorded a snapshot of it meanwhile.
+        if !self.metadata.uses(layer)? {
+            log.push(*layer);
+            self.images.released(&[*layer]);
         }
         Ok(())
     }
 }
 
 fn slow_view() -> Error {
-    let message = "a lazy image could not be shown in time; hint: millstream doctor".to_owned();
+    let message = "a lazy image could not be shown in time; hint: see the log of millstreamd".to_owned();
     Error::View(ViewFailure { code: "node.slow-view", message })
 }
 

@@ -118,6 +118,17 @@ async fn another_namespace_has_to_prove_its_right() {
 }
 
 #[tokio::test]
+async fn only_what_no_snapshot_shows_is_given_back_on_request() {
+    let service = Service::start().await;
+    let one = target("one");
+    service.images.lazy(&one, |_| {});
+    skip(&service, "k8s.io/1/a", "", &one).await;
+    let (shown, never) = (Digest::of(one.as_bytes()), Digest::of(b"decided, then the client went away"));
+    service.snapshots.release_unused(vec![shown, never]).await.unwrap();
+    assert_eq!(*service.images.released.lock().unwrap(), [never]);
+}
+
+#[tokio::test]
 async fn the_same_layer_over_another_parent_is_another_snapshot() {
     let service = Service::start().await;
     let (base, other, top) = (target("base"), target("other"), target("top"));
