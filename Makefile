@@ -2,10 +2,8 @@
 
 # The oldest toolchain that can build it; Cargo.toml says the same to cargo.
 RUST := 1.90
-# Programs that the tests start are built like the tests.
-PROFILE_DIR := target/debug
 
-.PHONY: help build check fmt lint test unit e2e demo docs deny tools toolchain clean-demo
+.PHONY: help build check fmt lint test unit e2e demo bench docs deny tools toolchain
 
 help: ## list the doors
 	@awk -F':.*## ' '/^[a-z-]+:.*## / { printf "  make %-10s %s\n", $$1, $$2 }' Makefile
@@ -39,12 +37,19 @@ unit: toolchain ## tests of the crates
 	cargo test --workspace --exclude millstream-e2e --locked
 
 e2e: toolchain ## tests with real containerd, runc, registry and mounts; needs root
-	cargo build --locked -p millstream-node -p millstream-server -p millstream-cli
+	cargo build --workspace --bins --locked
 	cargo test -p millstream-e2e --locked -- --test-threads=1
 
-demo: build ## the main job on real input, with a table at the end; needs root
+demo: toolchain ## the main job on real input, with a table at the end; needs root
 	tests/tools/install.sh demo
-	cargo run --release --locked -p millstream-e2e --bin millstream-demo
+	cargo build --release --workspace --bins --locked
+	target/release/millstream-demo
+
+bench: toolchain ## the jobs of the demo five times each, on containerd 1.6 and 2.x (some minutes); needs root
+	tests/tools/install.sh demo
+	tests/tools/install.sh
+	cargo build --release --workspace --bins --locked
+	target/release/millstream-demo --rounds 5 --containerd2
 
 docs: toolchain ## the documentation of the crates
 	RUSTDOCFLAGS="-D warnings" cargo doc --workspace --no-deps --locked

@@ -21,8 +21,12 @@ use crate::labels::Wanted;
 use crate::origin::{Origin, Origins};
 use crate::views::Views;
 
-/// How long one decision serves the following `Prepare`s of the same pull. The right to read is proven again afterwards.
+/// How long after its last use one decision serves the following `Prepare`s of the same pull: unpacking one layer may lie
+/// between them. The right to read is proven again afterwards.
 const PLAN_LIFE: Duration = Duration::from_secs(60);
+/// A `Prepare` of the bottom layer begins a pull, and a decision of its own; unless one was made just now, for another client
+/// of the same image.
+const PLAN_SHARED: Duration = Duration::from_secs(2);
 /// Decisions that are kept; pulls of more images at once decide again.
 const MAX_PLANS: usize = 256;
 
@@ -36,6 +40,7 @@ struct Plan {
 #[derive(Debug)]
 struct Slot {
     made: Instant,
+    used: Instant,
     plan: Arc<OnceCell<Arc<Plan>>>,
 }
 
@@ -82,16 +87,22 @@ impl NodeImages {
         }
     }
 
-    /// The decision for the pull that `wanted` belongs to: shared by all its layers.
-    async fn plan(self: &Arc<Self>, wanted: &Wanted) -> Arc<Plan> {
+    /// The decision for the pull that `wanted` belongs to: shared by all its layers. `bottom` says that this is the first of
+    /// them.
+    async fn plan(self: &Arc<Self>, wanted: &Wanted, bottom: bool) -> Arc<Plan> {
         let key = (wanted.image.name(), wanted.manifest);
         let cell = {
+            let now = Instant::now();
             let mut plans = self.plans.lock().unwrap_or_else(PoisonError::into_inner);
-            plans.retain(|_, slot| slot.made.elapsed() < PLAN_LIFE);
+            plans.retain(|_, slot| now.duration_since(slot.used) < PLAN_LIFE);
+            if bottom && plans.get(&key).is_some_and(|slot| now.duration_since(slot.made) >= PLAN_SHARED) {
+                plans.remove(&key);
+            }
             if plans.len() >= MAX_PLANS {
                 plans.clear();
             }
-            let slot = plans.entry(key).or_insert_with(|| Slot { made: Instant::now(), plan: Arc::default() });
+            let slot = plans.entry(key).or_insert_with(|| Slot { made: now, used: now, plan: Arc::default() });
+            slot.used = now;
             Arc::clone(&slot.plan)
         };
         let this = Arc::clone(self);
@@ -202,6 +213,12 @@ impl NodeImages {
         })
         .await??;
         drop(guard);
+        for (layer, described) in admitted.iter().zip(&record.layers) {
+            if layer.as_ref().is_some_and(|layer| layer.toc().diff_id() != described.diff_id) {
+                let text = format!("the table of layer {} is of another tar than the server says", described.digest);
+                return Ok(Plan { decision: ImageDecision::Deferred(Reason::new("image.mismatch", text)), record });
+            }
+        }
         self.catalog.put_image(&wanted.image.name(), &record)?;
         for layer in admitted.into_iter().flatten() {
             if layer.state() == LayerState::Lazy {
@@ -293,13 +310,13 @@ impl NodeImages {
                 return PrepareOutcome::deferred("labels.missing", format!("{missing}; {hint}"));
             }
         };
-        let plan = self.plan(&wanted).await;
+        let plan = self.plan(&wanted, request.parent.is_none()).await;
         let outcome = self.of_layer(&plan, &wanted, &request);
         if matches!(&outcome, PrepareOutcome::Lazy { layer } | PrepareOutcome::Local { layer } if self.is_dying(layer))
         {
             // Given back since the plan was made: decide afresh, which waits for the removal.
             self.forget_plan(&wanted);
-            let plan = self.plan(&wanted).await;
+            let plan = self.plan(&wanted, false).await;
             return self.of_layer(&plan, &wanted, &request);
         }
         outcome

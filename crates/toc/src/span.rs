@@ -2,7 +2,7 @@
 
 use millstream_inflate::{InflateError, Inflater, Stop};
 
-use crate::format::{CHUNK_SIZE, ContentIx, ContentRecord, ExtentRecord, FormatError, SHORT_DIGEST, SpanIx};
+use crate::format::{CHUNK_SIZE, ContentIx, ContentRecord, ExtentRecord, FormatError, NONE, SHORT_DIGEST, SpanIx};
 use crate::range::{DataRange, FileRange};
 use crate::read::{Chunk, SpanStart, Toc};
 
@@ -51,6 +51,17 @@ pub enum SpanError {
     /// The extractor has failed before.
     #[error("extractor was used after an error")]
     Failed,
+}
+
+/// A part of a chunk that lies across the border of two spans. Nothing of it is verified: only whole chunks have digests.
+#[derive(Debug, Clone, PartialEq, Eq)]
+pub struct Edge {
+    /// The chunk.
+    pub chunk: Chunk,
+    /// Where in the chunk `bytes` begin, in bytes: 0 for its head; else they are its tail and go up to its end.
+    pub offset: usize,
+    /// At least one byte, but not all of the chunk.
+    pub bytes: Vec<u8>,
 }
 
 /// Where the decompressor stands in the blob.
@@ -132,6 +143,21 @@ impl<'t> SpanExtractor<'t> {
                 }
             }
         }
+    }
+
+    /// The tail of the chunk that began before the first span, once, as soon as it is complete. There is none when the first
+    /// span begins with a chunk or between two, when not even the end of the chunk has come, and for sparse files.
+    pub fn take_front(&mut self) -> Option<Edge> {
+        self.chunks.front.take()
+    }
+
+    /// The head of the chunk that is not complete yet; `None` for one that also began before the first span, for sparse
+    /// files, and after an error.
+    ///
+    /// # Errors
+    /// [`SpanError::Toc`].
+    pub fn back(&self) -> Result<Option<Edge>, SpanError> {
+        if matches!(self.state, State::Failed) { Ok(None) } else { Ok(self.chunks.back()?) }
     }
 
     /// How far the output has come in the tar.
@@ -225,8 +251,21 @@ struct Assembler<'t> {
     /// Number of the current piece in the content.
     piece: usize,
     chunk: Box<[u8]>,
-    /// The chunk (counted in its file) that is being filled, and how far; `None` for one that began too early.
-    filling: Option<(u64, usize)>,
+    /// What of `chunk` is filled; `None` between chunks, and in one of a sparse file that began too early.
+    filling: Option<Filling>,
+    /// The tail of the chunk that began too early.
+    front: Option<Edge>,
+}
+
+/// How much is there of a chunk.
+#[derive(Debug, Clone, Copy)]
+struct Filling {
+    /// The chunk, counted in its file.
+    number: u64,
+    /// Offset of the first byte in the chunk; not 0 when the chunk began before the first span.
+    from: usize,
+    /// Offset of the end.
+    filled: usize,
 }
 
 impl<'t> Assembler<'t> {
@@ -239,6 +278,7 @@ impl<'t> Assembler<'t> {
             piece: 0,
             chunk: vec![0; usize::try_from(CHUNK_SIZE).unwrap_or(usize::MAX)].into_boxed_slice(),
             filling: None,
+            front: None,
         };
         assembler.enter(ix)?;
         Ok(assembler)
@@ -325,30 +365,38 @@ impl<'t> Assembler<'t> {
         let number = file_off / CHUNK_SIZE;
         let start = number * CHUNK_SIZE;
         let end = (start + CHUNK_SIZE).min(record.size.get());
+        // Both are offsets in a chunk.
+        let offset = usize::try_from(file_off - start).unwrap_or(0);
+        let length = usize::try_from(end - start).unwrap_or(0);
         let is_first = file_off == piece.file.start && piece.stored_before <= start || file_off == start;
         if is_first {
-            self.filling = Some((number, 0));
+            self.filling = Some(Filling { number, from: 0, filled: 0 });
+        } else if self.filling.is_none() && !is_sparse(record) {
+            self.filling = Some(Filling { number, from: offset, filled: offset });
         }
         let taken = take(bytes, piece.file.end.min(end) - file_off);
         self.position += taken.len() as u64;
         let file_end = file_off + taken.len() as u64;
-        if let Some((filling, filled)) = &mut self.filling
-            && *filling == number
+        if let Some(filling) = &mut self.filling
+            && filling.number == number
         {
-            // Both are offsets in a chunk.
-            let offset = usize::try_from(file_off - start).unwrap_or(0);
-            self.chunk[*filled..offset].fill(0);
+            self.chunk[filling.filled..offset].fill(0);
             self.chunk[offset..offset + taken.len()].copy_from_slice(taken);
-            *filled = offset + taken.len();
+            filling.filled = offset + taken.len();
         }
         let chunk_done = file_end == end || (file_end == piece.file.end && piece.stored_after >= end);
         if chunk_done
-            && let Some((filling, filled)) = self.filling.take()
-            && filling == number
+            && let Some(filling) = self.filling.take()
+            && filling.number == number
         {
-            let length = usize::try_from(end - start).unwrap_or(0);
-            self.chunk[filled..length].fill(0);
-            self.finish(record, number, length, each)?;
+            self.chunk[filling.filled..length].fill(0);
+            let chunk = nth_chunk(record, number)?;
+            if filling.from == 0 {
+                self.finish(chunk, length, each)?;
+            } else {
+                self.front =
+                    Some(Edge { chunk, offset: filling.from, bytes: self.chunk[filling.from..length].to_vec() });
+            }
         }
         if file_end == piece.file.end {
             self.piece += 1;
@@ -356,24 +404,38 @@ impl<'t> Assembler<'t> {
         Ok(())
     }
 
-    fn finish(
-        &self,
-        record: &ContentRecord,
-        number: u64,
-        length: usize,
-        each: &mut dyn FnMut(Chunk, &[u8]),
-    ) -> Result<(), SpanError> {
-        let ix = u32::try_from(u64::from(record.first_chunk.get()) + number)
-            .map_err(|_| FormatError::Damaged { what: "chunk out of range" })?;
-        let start = record.data_off.get() + number * CHUNK_SIZE;
-        let chunk = Chunk { ix, data: DataRange::with_len(start, length as u64) };
+    fn finish(&self, chunk: Chunk, length: usize, each: &mut dyn FnMut(Chunk, &[u8])) -> Result<(), SpanError> {
         let bytes = &self.chunk[..length];
-        if blake3::hash(bytes).as_bytes()[..SHORT_DIGEST] != self.toc.chunk_digest(ix)? {
+        if blake3::hash(bytes).as_bytes()[..SHORT_DIGEST] != self.toc.chunk_digest(chunk.ix)? {
             return Err(SpanError::Digest { chunk });
         }
         each(chunk, bytes);
         Ok(())
     }
+
+    fn back(&self) -> Result<Option<Edge>, FormatError> {
+        match (&self.content, self.filling) {
+            (Some((_, record)), Some(Filling { number, from: 0, filled })) if filled > 0 && !is_sparse(record) => {
+                let chunk = nth_chunk(record, number)?;
+                Ok(Some(Edge { chunk, offset: 0, bytes: self.chunk[..filled].to_vec() }))
+            }
+            _ => Ok(None),
+        }
+    }
+}
+
+const fn is_sparse(record: &ContentRecord) -> bool {
+    record.first_extent.get() != NONE
+}
+
+/// Chunk `number` of a file, which must have it.
+fn nth_chunk(record: &ContentRecord, number: u64) -> Result<Chunk, FormatError> {
+    let ix = u32::try_from(u64::from(record.first_chunk.get()) + number)
+        .map_err(|_| FormatError::Damaged { what: "chunk out of range" })?;
+    let start = number * CHUNK_SIZE;
+    let end = (start + CHUNK_SIZE).min(record.size.get());
+    let data_off = record.data_off.get();
+    Ok(Chunk { ix, data: DataRange::new(data_off + start, data_off + end) })
 }
 
 const fn tar_end(extent: &ExtentRecord) -> u64 {

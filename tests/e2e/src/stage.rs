@@ -222,17 +222,6 @@ impl Stage {
         Containerd::start(&self.work, self.containerd_options(version, node.snapshotter(), transfer)?)
     }
 
-    /// A containerd with empty state on a node that is not new. The first one should be gone: what only that one knows is
-    /// rubbish to this one.
-    ///
-    /// # Errors
-    ///
-    /// If it does not start.
-    pub fn new_containerd(&self, node: &Node) -> Result<Containerd> {
-        let options = self.containerd_options(Version::V1, node.snapshotter(), false)?;
-        Containerd::start_as(&self.work, "renewed", options)
-    }
-
     /// Debian's containerd on its own overlayfs beside the other: what is true.
     ///
     /// # Errors

@@ -10,6 +10,8 @@ use millstream_e2e::cri::{ContainerSpec, Cri, Pod};
 use millstream_e2e::daemons::{Node, NodeOptions};
 use millstream_e2e::image::{Image, shell, small};
 use millstream_e2e::layer::{Entry, Packing};
+use millstream_e2e::need::Need;
+use millstream_e2e::process::eventually;
 use millstream_e2e::registry::Login;
 use millstream_e2e::spoil::Spoiling;
 use millstream_e2e::stage::{Pushed, Stage, await_decision, await_verified, can_be_set, layers_of};
@@ -129,14 +131,23 @@ fn docker_config(stage: &Stage, image: &Pushed, login: &Login) -> std::path::Pat
     file
 }
 
+/// The small image and another one of the same layers in another order, which has no chain ID in common with it.
+fn two_of_the_same_layers() -> (Image, Image) {
+    let data = || vec![Entry::directory("data"), Entry::file("data/hello", "hello from the middle layer\n")];
+    let one = Image::new().layer(shell().unwrap(), Packing::Gzip).layer(data(), Packing::Gzip);
+    let other = Image::new().layer(data(), Packing::Gzip).layer(shell().unwrap(), Packing::Gzip);
+    (one.command(&["/bin/cat", "/data/hello"]), other.command(&["/bin/cat", "/data/hello"]))
+}
+
 #[test]
-fn a_node_without_a_right_to_read_gives_nothing_although_it_knows_every_layer() {
+fn a_node_without_a_right_to_read_gives_nothing_although_it_has_every_layer() {
     if !can_be_set(&[]) {
         return;
     }
     let mut stage = Stage::with_login(&login()).unwrap();
-    let image = stage.publish("small", &small().unwrap()).unwrap();
-    let config = docker_config(&stage, &image, &login());
+    let (one, other) = two_of_the_same_layers();
+    let (one, other) = (stage.publish("one", &one).unwrap(), stage.publish("other", &other).unwrap());
+    let config = docker_config(&stage, &one, &login());
     let options = NodeOptions { docker_config: Some(config.clone()), ..stage.node_options() };
     let node = Node::start(&stage.work, &options).unwrap();
     let containerd = stage.containerd(Version::V1, &node, false).unwrap();
@@ -144,30 +155,26 @@ fn a_node_without_a_right_to_read_gives_nothing_although_it_knows_every_layer() 
 
     // Who may read streams.
     stage.count_from_now().unwrap();
-    cri.pull(&image.reference, Some(&login())).unwrap();
-    await_decision(&node, &image, Outcome::Lazy, "").unwrap();
-    assert!(stage.fetched_whole(&image).unwrap().is_empty());
-    await_verified(&node, &image).unwrap();
-    drop((cri, containerd, node));
+    cri.pull(&one.reference, Some(&login())).unwrap();
+    await_decision(&node, &one, Outcome::Lazy, "").unwrap();
+    assert!(stage.fetched_whole(&one).unwrap().is_empty());
+    await_verified(&node, &one).unwrap();
 
-    // From now on the node has no credential, and a containerd that knows nothing of the image asks for it.
+    // From now on the node has no credential.
     std::fs::write(&config, "{}").unwrap();
-    let node = Node::start(&stage.work, &options).unwrap();
-    assert_eq!(layers_of(&node, &image).unwrap().len(), image.layers().len());
-    let containerd = stage.new_containerd(&node).unwrap();
-    let cri = stage.cri(&containerd).unwrap();
-    stage.count_from_now().unwrap();
     let wrong = Login { password: "wrong".to_owned(), ..login() };
     let oracle = stage.oracle().unwrap();
     let truth = stage.cri(&oracle).unwrap();
     for bad in [None, Some(&wrong)] {
-        let refused = cri.pull(&image.reference, bad).unwrap_err();
-        let expected = truth.pull(&image.reference, bad).unwrap_err();
+        let refused = cri.pull(&other.reference, bad).unwrap_err();
+        let expected = truth.pull(&other.reference, bad).unwrap_err();
         assert_eq!(format!("{refused:#}"), format!("{expected:#}"));
     }
-    cri.pull(&image.reference, Some(&login())).unwrap();
-    await_decision(&node, &image, Outcome::Deferred, "registry.unauthorized").unwrap();
-    assert_eq!(stage.fetched_whole(&image).unwrap(), (0..image.layers().len()).collect::<Vec<_>>());
+    assert!(node.explain(&other.reference).unwrap().decisions.is_empty());
+    stage.count_from_now().unwrap();
+    cri.pull(&other.reference, Some(&login())).unwrap();
+    await_decision(&node, &other, Outcome::Deferred, "registry.unauthorized").unwrap();
+    assert_eq!(stage.fetched_whole(&other).unwrap(), [0, 1]);
 }
 
 #[test]
@@ -209,25 +216,25 @@ fn switching_streaming_off_is_for_new_images_only_and_can_be_undone() {
 }
 
 #[test]
-fn an_image_that_is_wholly_on_the_node_needs_no_server() {
-    if !can_be_set(&[]) {
+fn an_image_that_is_wholly_on_the_node_needs_no_server_for_another_namespace() {
+    if !can_be_set(&[Need::Containerd2]) {
         return;
     }
     let mut stage = Stage::set().unwrap();
     let image = stage.publish("small", &small().unwrap()).unwrap();
     let node = Node::start(&stage.work, &stage.node_options()).unwrap();
-    let containerd = stage.containerd(Version::V1, &node, false).unwrap();
-    stage.cri(&containerd).unwrap().pull(&image.reference, None).unwrap();
+    let containerd = stage.containerd(Version::V2, &node, true).unwrap();
+    containerd.ctr_pull("one", &image.reference).unwrap();
+    await_decision(&node, &image, Outcome::Lazy, "").unwrap();
     await_verified(&node, &image).unwrap();
+    // Decisions are remembered for a while; a new worker has none.
+    node.crash_worker().unwrap();
     stage.stop_server().unwrap();
-    drop(containerd);
-
-    let containerd = stage.new_containerd(&node).unwrap();
-    let mut cri = stage.cri(&containerd).unwrap();
     stage.count_from_now().unwrap();
-    let pod = cri.run_pod("pod").unwrap();
-    cri.pull(&image.reference, None).unwrap();
+    let again = || containerd.ctr_pull("other", &image.reference).ok();
+    eventually("containerd to connect to the new worker", DEADLINE, again).unwrap();
     await_decision(&node, &image, Outcome::Local, "").unwrap();
     assert!(stage.fetched_whole(&image).unwrap().is_empty());
-    assert_eq!(hello(&cri, &pod, &image, "again"), "hello from the middle layer\n");
+    let hello = containerd.ctr_run(&stage.work, "other", &image.reference, "one", &["/bin/cat", "/data/hello"]);
+    assert_eq!(hello.unwrap(), "hello from the middle layer\n");
 }

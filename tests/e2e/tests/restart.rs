@@ -50,7 +50,7 @@ fn snapshots(containerd: &Containerd) -> Option<Vec<String>> {
     let list = containerd.ctr("k8s.io", &["snapshots", "--snapshotter", MILLSTREAM, "list"]).ok()?;
     let mut names: Vec<String> = list.lines().skip(1).map(str::to_owned).collect();
     // Those of containers come and go.
-    names.retain(|line| line.ends_with("Committed"));
+    names.retain(|line| line.split_whitespace().last() == Some("Committed"));
     names.sort();
     Some(names)
 }

@@ -27,16 +27,41 @@ pub(crate) enum Kind {
     Millstream,
     /// Millstream, background downloads held back.
     Demand,
+    /// overlayfs on containerd 2.x.
+    Overlayfs2,
+    /// Millstream on containerd 2.x.
+    Millstream2,
 }
 
 impl Kind {
-    pub(crate) const ALL: [Self; 3] = [Self::Overlayfs, Self::Millstream, Self::Demand];
+    /// What `make demo` does, with Debian's containerd 1.6.
+    pub(crate) const DEMO: [Self; 3] = [Self::Overlayfs, Self::Millstream, Self::Demand];
+    /// What `make bench` does besides, with a containerd 2.x.
+    pub(crate) const BENCH: [Self; 2] = [Self::Overlayfs2, Self::Millstream2];
 
     pub(crate) fn name(self) -> &'static str {
         match self {
             Self::Overlayfs => "overlayfs",
             Self::Millstream => "Millstream",
             Self::Demand => "Millstream, no background download",
+            Self::Overlayfs2 => "overlayfs, containerd 2",
+            Self::Millstream2 => "Millstream, containerd 2",
+        }
+    }
+
+    fn version(self) -> Version {
+        match self {
+            Self::Overlayfs | Self::Millstream | Self::Demand => Version::V1,
+            Self::Overlayfs2 | Self::Millstream2 => Version::V2,
+        }
+    }
+
+    /// Whether Millstream does it, and then whether it downloads in the background.
+    fn hydration(self) -> Option<bool> {
+        match self {
+            Self::Overlayfs | Self::Overlayfs2 => None,
+            Self::Millstream | Self::Millstream2 => Some(true),
+            Self::Demand => Some(false),
         }
     }
 }
@@ -59,23 +84,21 @@ pub(crate) struct Measured {
 /// Does the job from nothing: daemons with empty state, cold caches.
 pub(crate) fn run(stage: &mut Stage, kind: Kind) -> Result<Measured> {
     say(format_args!("{}: pull, run, wait for the first answer", kind.name()));
-    for dir in ["containerd1", "node", "pods"] {
+    for dir in ["containerd1", "containerd2", "node", "pods"] {
         match std::fs::remove_dir_all(stage.work.path().join(dir)) {
             Err(error) if error.kind() != std::io::ErrorKind::NotFound => return Err(error.into()),
             _ => {}
         }
     }
-    let mut node = match kind {
-        Kind::Overlayfs => None,
-        Kind::Millstream => Some(Node::start(&stage.work, &stage.node(true))?),
-        Kind::Demand => Some(Node::start(&stage.work, &stage.node(false))?),
-    };
+    let mut node =
+        kind.hydration().map(|hydration| Node::start(&stage.work, &stage.node(hydration))).transpose()?;
     let options = ContainerdOptions {
-        version: Version::V1,
+        version: kind.version(),
         snapshotter: node.as_ref().map_or(Snapshotter::Overlayfs, Node::snapshotter),
         pause_image: stage.registry.reference("demo/pause:1"),
         certs_d: stage.certs_d.clone(),
-        transfer: false,
+        // As containerd 2.x does it by itself.
+        transfer: true,
     };
     let containerd = Containerd::start(&stage.work, options)?;
     let mut cri = Cri::connect(&stage.work, &containerd.socket())?;

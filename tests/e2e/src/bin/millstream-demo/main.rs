@@ -21,6 +21,9 @@ struct Arguments {
     /// How often each of the three jobs is done, in turns; the table has the medians.
     #[arg(long, default_value_t = 1, value_parser = clap::value_parser!(u32).range(1..=50))]
     rounds: u32,
+    /// Does the job on containerd 2.x too (tests/tools/install.sh builds it).
+    #[arg(long)]
+    containerd2: bool,
 }
 
 fn main() -> Result<()> {
@@ -29,6 +32,11 @@ fn main() -> Result<()> {
     for need in CONTAINERS.iter().chain(&needs) {
         ensure!(need.is_met(), "missing: {need:?}; hint: run `make demo`, as root");
     }
+    let mut kinds = job::Kind::DEMO.to_vec();
+    if arguments.containerd2 {
+        ensure!(Need::Containerd2.is_met(), "containerd 2.x is missing; hint: run tests/tools/install.sh, as root");
+        kinds.extend(job::Kind::BENCH);
+    }
     std::fs::create_dir_all(&arguments.dir).with_context(|| format!("making {}", arguments.dir.display()))?;
     let layout = image::layout(&arguments.dir)?;
     let mut stage = stage::Stage::set(&layout)?;
@@ -36,8 +44,8 @@ fn main() -> Result<()> {
     let mut results = report::Results::new(stage.image_bytes(&layout)?, import);
     for round in 0..arguments.rounds {
         // Interleaved, and the first one of a round changes: a busy machine must not favour one of them.
-        for turn in 0..job::Kind::ALL.len() {
-            let kind = job::Kind::ALL[(turn + round as usize) % job::Kind::ALL.len()];
+        let first = round as usize % kinds.len();
+        for &kind in kinds.iter().cycle().skip(first).take(kinds.len()) {
             results.add(kind, job::run(&mut stage, kind)?);
         }
     }

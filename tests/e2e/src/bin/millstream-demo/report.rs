@@ -60,16 +60,21 @@ impl Results {
              Import on the server, once for all nodes: {:.1} s\n",
             self.import.as_secs_f64()
         );
-        let _ = writeln!(text, "{:<36}{:>10}{:>14}{:>22}", "", "pulled", "app answers", "MB on the link by then");
-        for kind in Kind::ALL {
+        let _ = writeln!(text, "{:<36}{:>10}{:>14}{:>24}", "", "pulled", "app answers", "MB on the link by then");
+        for &kind in self.jobs.keys() {
             let _ = writeln!(
                 text,
-                "{:<36}{:>8.2} s{:>12.2} s{:>22.1}",
+                "{:<36}{:>8.2} s{:>12.2} s{:>24.1}",
                 kind.name(),
                 self.seconds(kind, |job| job.pull),
                 self.seconds(kind, |job| job.ready),
                 self.bytes(kind, |job| job.link_bytes) / 1e6
             );
+        }
+        if self.jobs.contains_key(&Kind::Overlayfs2) {
+            let (plain, lazy) =
+                (self.seconds(Kind::Overlayfs2, |job| job.ready), self.seconds(Kind::Millstream2, |job| job.ready));
+            let _ = write!(text, "\ntime to answer, Millstream / overlayfs, containerd 2  {:.2}", lazy / plain);
         }
         let overlay = self.seconds(Kind::Overlayfs, |job| job.ready);
         let (lazy, demand) =
@@ -110,11 +115,16 @@ impl Results {
         lazy["ready_without_hydration_s"] = json!(self.seconds(Kind::Demand, |job| job.ready));
         lazy["hydrated_s"] = json!(self.seconds(Kind::Millstream, |job| job.hydrated.unwrap_or_default()));
         lazy["verified"] = json!(self.all_verified());
-        Ok(serde_json::to_string_pretty(&json!({
+        let mut summary = json!({
             "image_bytes": self.image_bytes,
             "import_s": self.import.as_secs_f64(),
             "overlayfs": common(Kind::Overlayfs),
             "millstream": lazy,
-        }))? + "\n")
+        });
+        if self.jobs.contains_key(&Kind::Overlayfs2) {
+            summary["overlayfs_containerd2"] = common(Kind::Overlayfs2);
+            summary["millstream_containerd2"] = common(Kind::Millstream2);
+        }
+        Ok(serde_json::to_string_pretty(&summary)? + "\n")
     }
 }
