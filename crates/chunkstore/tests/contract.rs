@@ -5,9 +5,14 @@ mod fixture;
 
 use std::fs;
 use std::os::unix::fs::PermissionsExt;
+use std::path::Path;
+use std::sync::mpsc::{Receiver, SyncSender, sync_channel};
+use std::sync::{Arc, Mutex};
+use std::thread;
+use std::time::{Duration, Instant};
 
 use fixture::{Place, bytes_of, chunks, fill, read, toc};
-use millstream_chunkstore::{LayerState, Step, StoreError, ViewKey};
+use millstream_chunkstore::{Faults, LayerState, Step, Store, StoreError, StoreOptions, ViewKey};
 use millstream_toc::DataRange;
 
 const ENOSPC: i32 = 28;
@@ -171,6 +176,55 @@ fn removal_frees_the_names_and_open_handles_go_on() {
     layer.quarantine("late").unwrap();
     assert_eq!((again.state(), again.bytes_present()), (LayerState::Lazy, 0));
     assert!(!place.file(&again.digest(), "present").exists());
+}
+
+/// A disk whose sync takes as long as a test wants: it says that it began, then waits.
+#[derive(Debug)]
+struct SlowSync {
+    began: SyncSender<()>,
+    go_on: Mutex<Receiver<()>>,
+}
+
+impl Faults for SlowSync {
+    fn before(&self, step: Step, _: &Path) -> std::io::Result<()> {
+        if step == Step::SyncData {
+            self.began.send(()).unwrap();
+            self.go_on.lock().unwrap().recv().unwrap();
+        }
+        Ok(())
+    }
+}
+
+#[test]
+fn a_removal_that_waits_for_a_sync_holds_up_no_other_layer() {
+    let place = Place::new();
+    let db = Arc::new(redb::Database::create(place.dir.path().join("db")).unwrap());
+    let (began, has_begun) = sync_channel(0);
+    let (let_go, go_on) = sync_channel(0);
+    let faults = Arc::new(SlowSync { began, go_on: Mutex::new(go_on) });
+    let options = StoreOptions { sync_interval: Duration::ZERO, faults };
+    let store = Store::open(&place.root(), db, options).unwrap();
+    let (slow, other) = (store.admit(&toc(1)).unwrap(), store.admit(&toc(2)).unwrap());
+    fill(&slow);
+    thread::scope(|scope| {
+        scope.spawn(|| slow.sync().unwrap());
+        has_begun.recv().unwrap();
+        let removal = scope.spawn(|| store.remove(&slow.digest()).unwrap());
+        let deadline = Instant::now() + Duration::from_secs(10);
+        let (found, answers) = sync_channel(1);
+        let (store, number, digest) = (&store, other.number(), slow.digest());
+        scope.spawn(move || {
+            // Until the removal has taken the layer out of the tables, which it does before it waits.
+            while store.layer(&digest).is_some() {
+                thread::park_timeout(Duration::from_millis(1));
+            }
+            found.send(store.layer_by_number(number).is_some()).unwrap();
+        });
+        let answer = answers.recv_timeout(deadline.saturating_duration_since(Instant::now()));
+        assert!(!removal.is_finished());
+        let_go.send(()).unwrap();
+        assert_eq!(answer, Ok(true), "the other layer could not be looked up while a sync was under way");
+    });
 }
 
 #[test]

@@ -8,6 +8,7 @@ use std::fs;
 use fixture::{Place, bytes_of, chunks, fill, read, toc};
 use millstream_chunkstore::{LayerState, Step};
 use millstream_oci::Digest;
+use millstream_toc::DataRange;
 
 const CRASH: i32 = 5;
 const STEPS: [Step; 5] = [Step::SyncData, Step::WriteTemporary, Step::Rename, Step::SyncDirectory, Step::Commit];
@@ -74,6 +75,30 @@ fn a_failed_sync_is_tried_again() {
         layer.digest()
     };
     assert!(place.open().layer(&digest).unwrap().has(0));
+}
+
+#[test]
+fn what_a_failed_sync_may_have_lost_is_missing_again() {
+    const ENOSPC: i32 = 28;
+    let place = Place::new();
+    let store = place.open();
+    let layer = store.admit(&toc(1)).unwrap();
+    let all = chunks(layer.toc());
+    layer.write(all[0], &bytes_of(all[0])).unwrap();
+    layer.sync().unwrap();
+    fill(&layer);
+    place.faults.fail(Step::SyncData, ENOSPC);
+    layer.sync().unwrap_err();
+    assert!(layer.has(all[0].ix), "it was on the disk before");
+    assert_eq!(layer.bytes_present(), all[0].data.len());
+    assert_eq!(layer.missing(DataRange::new(0, layer.toc().data_size())).unwrap(), all[1..]);
+    fill(&layer);
+    layer.set_verified().unwrap_err();
+    assert_eq!((layer.state(), layer.bytes_present()), (LayerState::Lazy, all[0].data.len()));
+    place.faults.heal();
+    fill(&layer);
+    layer.set_verified().unwrap();
+    assert_eq!(layer.bytes_present(), layer.bytes_total());
 }
 
 #[test]

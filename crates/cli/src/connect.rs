@@ -9,7 +9,7 @@ use millstream_wire::millstream::v1::images_client::ImagesClient;
 use millstream_wire::millstream::v1::node_client::NodeClient;
 use tokio::net::UnixStream;
 use tonic::Status;
-use tonic::transport::{Certificate, Channel, ClientTlsConfig, Endpoint, Uri};
+use tonic::transport::{Certificate, Channel, ClientTlsConfig, Endpoint, Identity, Uri};
 
 const PATIENCE: Duration = Duration::from_secs(10);
 
@@ -33,21 +33,28 @@ pub(crate) async fn node(socket: &Path) -> anyhow::Result<NodeClient<Channel>> {
     Ok(NodeClient::new(channel))
 }
 
-/// millstream-server.
+/// millstream-server; `identity` is a certificate and its key.
 ///
 /// # Errors
 /// When the address or the certificate is of no use, or nobody answers.
-pub(crate) async fn server(address: &str, ca: Option<&Path>) -> anyhow::Result<ImagesClient<Channel>> {
+pub(crate) async fn server(
+    address: &str,
+    ca: Option<&Path>,
+    identity: Option<(&Path, &Path)>,
+) -> anyhow::Result<ImagesClient<Channel>> {
     let mut endpoint =
         Endpoint::from_shared(address.to_owned()).with_context(|| format!("server address {address:?}"))?;
     endpoint = endpoint.connect_timeout(PATIENCE);
     let host = endpoint.uri().host().unwrap_or_default().trim_matches(['[', ']']).to_owned();
     match endpoint.uri().scheme_str() {
         Some("https") => {
-            let mut tls = ClientTlsConfig::new();
-            if let Some(ca) = ca {
-                let pem = std::fs::read(ca).with_context(|| format!("reading {}", ca.display()))?;
-                tls = tls.ca_certificate(Certificate::from_pem(pem));
+            let Some(ca) = ca else {
+                bail!("--ca is missing; hint: name the PEM file of the authority that signed the server's certificate");
+            };
+            let read = |path: &Path| std::fs::read(path).with_context(|| format!("reading {}", path.display()));
+            let mut tls = ClientTlsConfig::new().ca_certificate(Certificate::from_pem(read(ca)?));
+            if let Some((cert, key)) = identity {
+                tls = tls.identity(Identity::from_pem(read(cert)?, read(key)?));
             }
             endpoint = endpoint.tls_config(tls)?;
         }

@@ -82,6 +82,12 @@ struct ServerArguments {
     /// PEM file with the certificates that may have signed the server's.
     #[arg(long, env = "MILLSTREAM_CA", value_name = "FILE")]
     ca: Option<PathBuf>,
+    /// PEM file with a certificate for servers that ask for one.
+    #[arg(long, requires = "key", value_name = "FILE")]
+    cert: Option<PathBuf>,
+    /// PEM file with its key.
+    #[arg(long, requires = "cert", value_name = "FILE")]
+    key: Option<PathBuf>,
     /// User name at the registry.
     #[arg(long, requires = "password_stdin", value_name = "NAME")]
     username: Option<String>,
@@ -141,7 +147,8 @@ async fn import(image: &str, arguments: &ServerArguments, output: Output) -> any
         anyhow::Ok(wire::Credential { kind: Some(wire::credential::Kind::Basic(basic)) })
     });
     let request = wire::ImportRequest { image: image.to_owned(), credential: credential.transpose()?, platform: None };
-    let mut client = connect::server(&arguments.server, arguments.ca.as_deref()).await?;
+    let identity = arguments.cert.as_deref().zip(arguments.key.as_deref());
+    let mut client = connect::server(&arguments.server, arguments.ca.as_deref(), identity).await?;
     let mut stream = client.import(request).await.map_err(connect::refused)?.into_inner();
     // Hidden by itself where standard error is no terminal.
     let bar =

@@ -106,6 +106,12 @@ pub(crate) fn decisions(image: &str, decisions: &[wire::Decision], output: Outpu
     let mut text = match latest.outcome() {
         wire::decision::Outcome::Lazy => format!("{image} is streamed.\n"),
         wire::decision::Outcome::Local => format!("{image} is already on this node, every byte of it.\n"),
+        wire::decision::Outcome::Deferred if latest.image.is_empty() => format!(
+            "{image}: nothing was decided about it on this node, but a client pulled an image without naming it.\n"
+        ),
+        wire::decision::Outcome::Deferred if is_partly_lazy(decisions) => {
+            format!("{image} is streamed in part: its lower layers are, the others were pulled the ordinary way.\n")
+        }
         wire::decision::Outcome::Deferred => format!("{image} was pulled the ordinary way.\n"),
         wire::decision::Outcome::Failed | wire::decision::Outcome::Unknown => {
             format!("{image} was pulled the ordinary way because something of Millstream failed.\n")
@@ -118,6 +124,18 @@ pub(crate) fn decisions(image: &str, decisions: &[wire::Decision], output: Outpu
         writeln!(text, "  earlier: {} {} {}", outcome(earlier), earlier.code, earlier.reason)?;
     }
     Ok(text)
+}
+
+/// Seconds that the decisions of one pull lie apart at most: a large layer is unpacked between two of them.
+const ONE_PULL: i64 = 600;
+
+/// Whether the pull that ended with the latest decision had begun with lazy layers.
+fn is_partly_lazy(decisions: &[wire::Decision]) -> bool {
+    let [latest, earlier, ..] = decisions else { return false };
+    matches!(earlier.outcome(), wire::decision::Outcome::Lazy | wire::decision::Outcome::Local)
+        && latest.code == "image.not-eligible"
+        && earlier.manifest_digest == latest.manifest_digest
+        && latest.decided_at - earlier.decided_at < ONE_PULL
 }
 
 fn outcome(decision: &wire::Decision) -> &'static str {
@@ -153,7 +171,13 @@ mod tests {
     use super::*;
 
     fn decision(outcome: wire::decision::Outcome, code: &str) -> wire::Decision {
-        wire::Decision { outcome: outcome.into(), code: code.into(), reason: "why".into(), ..wire::Decision::default() }
+        wire::Decision {
+            image: "app".into(),
+            outcome: outcome.into(),
+            code: code.into(),
+            reason: "why".into(),
+            ..wire::Decision::default()
+        }
     }
 
     #[test]
@@ -161,6 +185,11 @@ mod tests {
         let deferred = [decision(wire::decision::Outcome::Deferred, "server.not-imported")];
         let text = decisions("app", &deferred, Output::Text).unwrap();
         assert_eq!(text, "app was pulled the ordinary way.\n  server.not-imported: why\n");
+        let partly = [
+            decision(wire::decision::Outcome::Deferred, "image.not-eligible"),
+            decision(wire::decision::Outcome::Lazy, ""),
+        ];
+        assert!(decisions("app", &partly, Output::Text).unwrap().starts_with("app is streamed in part"));
         assert!(decisions("app", &[], Output::Text).unwrap().contains("nothing was decided"));
         let json: Value = serde_json::from_str(&decisions("app", &deferred, Output::Json).unwrap()).unwrap();
         assert_eq!(json["decisions"][0]["code"], "server.not-imported");

@@ -27,20 +27,24 @@ pub struct Connection {
 /// A connection that is being served.
 #[derive(Debug)]
 pub struct Session {
-    /// The answer to INIT, to be kept for the next server.
-    pub answer: Vec<u8>,
     thread: JoinHandle<io::Result<()>>,
 }
 
 impl Session {
     /// Serves `connection` with `fs` on threads of its own until it is unmounted or the process ends.
     ///
-    /// The first server answers the kernel's INIT. A later one is told the same INIT, answers nobody, and asks the kernel to
-    /// send again what its predecessor left unanswered.
+    /// `answer_init` gets the answer to the kernel's INIT if nobody gave one yet. It is for the owner of the connection, who
+    /// writes it to the device and keeps it: were it written here, a death right after it would leave an answered connection
+    /// that looks new. A later server is told the same INIT, answers nobody, and asks the kernel to send again what its
+    /// predecessor left unanswered.
     ///
     /// # Errors
-    /// When the handshake fails or the device is gone.
-    pub fn start<F: Filesystem>(fs: F, connection: Connection) -> io::Result<Self> {
+    /// When the handshake fails, the device is gone, or `answer_init` fails.
+    pub fn start<F: Filesystem>(
+        fs: F,
+        connection: Connection,
+        answer_init: impl FnOnce(&[u8]) -> io::Result<()>,
+    ) -> io::Result<Self> {
         let (for_fuser, ours) = fuse_device::message_pair()?;
         fuse_device::write_message(ours.as_fd(), &connection.init)?;
         let mut config = Config::default();
@@ -51,7 +55,7 @@ impl Session {
         let answer = read_answer(&ours)?;
         fuse_device::replace(session.as_fd(), connection.device.as_fd())?;
         match &connection.answer {
-            None => fuse_device::write_message(connection.device.as_fd(), &answer)?,
+            None => answer_init(&answer)?,
             Some(first) => {
                 if *first != answer {
                     // The kernel goes by the first answer; what differs was not asked of it.
@@ -65,9 +69,8 @@ impl Session {
                 info!("took over the FUSE connection");
             }
         }
-        let answer = connection.answer.unwrap_or(answer);
         let thread = std::thread::Builder::new().name("fuse".into()).spawn(move || session.run())?;
-        Ok(Self { answer, thread })
+        Ok(Self { thread })
     }
 
     /// Waits until the connection ends: it was unmounted or aborted.

@@ -78,8 +78,12 @@ fn server_process() {
     let runtime = tokio::runtime::Runtime::new().unwrap();
     let content = Arc::new(Half { answers: role == "answers" });
     let adapter = Adapter::new(layer_fs(), content, runtime.handle().clone());
-    let session = Session::start(adapter, Connection { device, init, answer }).unwrap();
-    write_message(control.as_fd(), &session.answer).unwrap();
+    let again = answer.is_some();
+    let connection = Connection { device, init, answer };
+    let session = Session::start(adapter, connection, |answer| write_message(control.as_fd(), answer)).unwrap();
+    if again {
+        write_message(control.as_fd(), b"took over").unwrap();
+    }
     session.wait().unwrap();
 }
 
@@ -120,6 +124,9 @@ fn start(mount: &Mount, role: &str, answer: Option<&[u8]>) -> (Server, Vec<u8>) 
     write_message(ours.as_fd(), answer.unwrap_or(b"first")).unwrap();
     let answer = receive(&ours);
     assert!(!answer.is_empty(), "the server did not start");
+    if answer != b"took over" {
+        write_message(mount.mounted.device.as_fd(), &answer).unwrap();
+    }
     (server, answer)
 }
 
@@ -152,8 +159,8 @@ fn a_read_that_waits_survives_the_death_of_its_server() {
     drop(first);
     assert!(!reader.is_finished(), "a dead server is a pause, not an error");
 
-    let (_second, kept) = start(&mount, "answers", Some(&answer));
-    assert_eq!(kept, answer);
+    let (_second, took_over) = start(&mount, "answers", Some(&answer));
+    assert_eq!(took_over, b"took over");
     let expected: Vec<u8> = (0..100_000).map(byte_at).collect();
     assert!(reader.join().unwrap() == expected, "the read gets its bytes from the second server");
     assert_eq!(std::os::unix::fs::MetadataExt::ino(&fs::metadata(&slow).unwrap()), inode);

@@ -16,6 +16,8 @@ const SWITCHES: TableDefinition<'_, &str, bool> = TableDefinition::new("node_swi
 const STREAMING: &str = "streaming";
 /// Decisions that are kept; the oldest go first.
 const MAX_DECISIONS: u64 = 1000;
+/// How far back is looked for the last decision about the same image: as many pulls as may well run at once.
+const RECENT: usize = 32;
 
 /// A layer of an image, as the server described it when the image was first seen.
 #[derive(Debug, Clone, PartialEq, Eq, Serialize, Deserialize)]
@@ -147,7 +149,8 @@ impl Catalog {
         Ok(())
     }
 
-    /// Adds a decision and drops the oldest beyond the limit. A decision like the last one of the same image replaces it.
+    /// Adds a decision and drops the oldest beyond the limit. It takes the place of the last one about the same image if that
+    /// says the same: an image of sixty layers has one decision, not sixty.
     ///
     /// # Errors
     /// Those of the database.
@@ -155,16 +158,10 @@ impl Catalog {
         let write = self.db.begin_write()?;
         {
             let mut table = write.open_table(DECISIONS)?;
-            let mut next = 0;
-            let mut same = None;
-            if let Some(last) = table.last()? {
-                next = last.0.value() + 1;
-                let last_decision: Option<Decision> = serde_json::from_slice(last.1.value()).ok();
-                same = last_decision
-                    .is_some_and(|last| Decision { decided_at: decision.decided_at, ..last } == *decision)
-                    .then(|| last.0.value());
+            let number = table.last()?.map_or(0, |(key, _)| key.value() + 1);
+            if let Some(same) = repeated(&table, decision)? {
+                table.remove(same)?;
             }
-            let number = same.unwrap_or(next);
             table.insert(number, serde_json::to_vec(decision)?.as_slice())?;
             table.retain(|key, _| key + MAX_DECISIONS > number)?;
         }
@@ -209,6 +206,19 @@ impl Catalog {
         write.commit()?;
         Ok(())
     }
+}
+
+/// Number of the last decision about the same image, if it is among the latest few and says the same as `decision`.
+fn repeated(table: &impl ReadableTable<u64, &'static [u8]>, decision: &Decision) -> anyhow::Result<Option<u64>> {
+    for entry in table.iter()?.rev().take(RECENT) {
+        let (key, value) = entry?;
+        let Ok(earlier) = serde_json::from_slice::<Decision>(value.value()) else { continue };
+        if (&earlier.image, &earlier.manifest) == (&decision.image, &decision.manifest) {
+            let same = Decision { decided_at: decision.decided_at, ..earlier } == *decision;
+            return Ok(same.then(|| key.value()));
+        }
+    }
+    Ok(None)
 }
 
 #[cfg(test)]

@@ -1,27 +1,38 @@
 //! File bytes for the FUSE adapter: from the store, fetched first where they are missing.
 
 use std::sync::Arc;
+use std::time::Duration;
 
 use millstream_chunkstore::{Layer, Store};
 use millstream_fuse::adapter::{Later, ReadRequest};
 use millstream_fuse::{Content, ContentError};
 use millstream_layerfs::{Decoded, NodeId};
 use millstream_prefetch::Fetcher;
-use millstream_source::{ErrorKind, Priority, names};
+use millstream_source::{ErrorKind, Priority, SourceError, names};
+use tokio::sync::watch;
+use tokio::time::{Instant, timeout};
 use tracing::{error, warn};
+
+/// How long a read waits, after a start, for the fetcher to learn where its layer comes from.
+const RESUME_PATIENCE: Duration = Duration::from_secs(60);
+/// How often it looks: layers become known one image after the other.
+const RESUME_POLL: Duration = Duration::from_millis(100);
 
 /// Content of all layers on this node.
 #[derive(Debug)]
 pub struct NodeContent {
     store: Arc<Store>,
     fetcher: Arc<Fetcher>,
+    /// Whether the fetcher knows the sources of all layers that were here before the start.
+    resumed: watch::Receiver<bool>,
 }
 
 impl NodeContent {
-    /// Reads from `store`, lets `fetcher` fill it.
+    /// Reads from `store`, lets `fetcher` fill it. Until `resumed` is true (or its sender is gone), a layer without sources is
+    /// waited for: a container that read while the worker died sees a pause, not an error.
     #[must_use]
-    pub fn new(store: Arc<Store>, fetcher: Arc<Fetcher>) -> Self {
-        Self { store, fetcher }
+    pub fn new(store: Arc<Store>, fetcher: Arc<Fetcher>, resumed: watch::Receiver<bool>) -> Self {
+        Self { store, fetcher, resumed }
     }
 }
 
@@ -62,41 +73,77 @@ fn path(layer: &Layer, node: NodeId) -> String {
         .map_or_else(|| "?".into(), |path| String::from_utf8_lossy(&path).into_owned())
 }
 
+async fn ensure(
+    fetcher: &Fetcher,
+    layer: &Layer,
+    request: &ReadRequest,
+    mut resumed: watch::Receiver<bool>,
+) -> Result<(), SourceError> {
+    let deadline = Instant::now() + RESUME_PATIENCE;
+    loop {
+        // Looked at first: if it becomes true afterwards, there is one more round.
+        let last = *resumed.borrow() || resumed.has_changed().is_err() || Instant::now() >= deadline;
+        match fetcher.ensure(&layer.digest(), request.wanted, Priority::Demand).await {
+            Err(failure) if failure.kind == ErrorKind::NotFound && !last => {
+                // Whichever way this ends, it is looked again.
+                let _ = timeout(RESUME_POLL, resumed.wait_for(|resumed| *resumed)).await;
+            }
+            result => return result,
+        }
+    }
+}
+
+/// What `request` wants, if it is in the store. Blocks.
+fn read_present(layer: &Layer, request: &ReadRequest) -> Result<Option<Vec<u8>>, ContentError> {
+    let missing = layer.missing(request.wanted).map_err(|failure| {
+        report(layer, request, "store.read", &failure);
+        ContentError::Unavailable
+    })?;
+    if missing.is_empty() { read(layer, request).map(Some) } else { Ok(None) }
+}
+
 impl Content for NodeContent {
     fn read_local(&self, request: &ReadRequest) -> Result<Option<Vec<u8>>, ContentError> {
         let layer = layer(&self.store, request)?;
-        let missing = layer.missing(request.wanted).map_err(|failure| {
-            report(&layer, request, "store.read", &failure);
-            ContentError::Unavailable
-        })?;
-        if missing.is_empty() { read(&layer, request).map(Some) } else { Ok(None) }
+        read_present(&layer, request)
     }
 
     fn read_remote(&self, request: ReadRequest) -> Later<Result<Vec<u8>, ContentError>> {
         let (store, fetcher) = (Arc::clone(&self.store), Arc::clone(&self.fetcher));
+        let resumed = self.resumed.clone();
         Box::pin(async move {
             let layer = layer(&store, &request)?;
-            let fetched = match fetcher.ensure(&layer.digest(), request.wanted, Priority::Demand).await {
-                Ok(()) => None,
+            match ensure(&fetcher, &layer, &request, resumed).await {
+                Ok(()) => {
+                    let stored = Arc::clone(&layer);
+                    let read = tokio::task::spawn_blocking(move || read_present(&stored, &request));
+                    let read = read.await.map_err(|failure| {
+                        warn!(%failure, "reading from the store was cut off");
+                        ContentError::Unavailable
+                    })?;
+                    if let Some(bytes) = read? {
+                        return Ok(bytes);
+                    }
+                    // It came for a successor of this layer, which was removed and admitted again meanwhile; or the disk failed
+                    // to keep it.
+                    if store.layer_by_number(request.layer).is_none() {
+                        return Err(ContentError::Gone);
+                    }
+                }
                 // The disk is full or fails: the reader gets its bytes all the same, they are only not kept.
                 Err(failure) if failure.kind == ErrorKind::Local => {
                     warn!({ names::LAYER } = %layer.digest(), %failure, "serving without storing");
-                    Some(fetcher.fetch_unstored(&layer.digest(), request.wanted).await)
                 }
-                Err(failure) => Some(Err(failure)),
-            };
-            match fetched {
-                None => {}
-                Some(Ok(bytes)) => return Ok(bytes.into()),
-                Some(Err(failure)) => {
+                Err(failure) => {
                     report(&layer, &request, failure.kind.code(), &failure);
                     return Err(ContentError::Unavailable);
                 }
             }
-            tokio::task::spawn_blocking(move || read(&layer, &request)).await.map_err(|failure| {
-                warn!(%failure, "reading from the store was cut off");
+            let fetched = fetcher.fetch_unstored(&layer.digest(), request.wanted).await;
+            fetched.map(Vec::from).map_err(|failure| {
+                report(&layer, &request, failure.kind.code(), &failure);
                 ContentError::Unavailable
-            })?
+            })
         })
     }
 }

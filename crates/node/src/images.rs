@@ -2,7 +2,8 @@
 
 use std::collections::{HashMap, HashSet};
 use std::path::PathBuf;
-use std::sync::{Arc, Mutex, PoisonError};
+use std::sync::mpsc::{SyncSender, sync_channel};
+use std::sync::{Arc, Mutex, MutexGuard, PoisonError};
 use std::time::{Duration, Instant, SystemTime, UNIX_EPOCH};
 
 use async_trait::async_trait;
@@ -17,8 +18,9 @@ use tokio::sync::OnceCell;
 use tracing::{error, info, warn};
 
 use crate::catalog::{Catalog, Decision, ImageRecord, LayerRecord};
-use crate::labels::Wanted;
+use crate::labels::{Wanted, image_name};
 use crate::origin::{Origin, Origins};
+use crate::server_client::ServedLayer;
 use crate::views::Views;
 
 /// How long after its last use one decision serves the following `Prepare`s of the same pull: unpacking one layer may lie
@@ -27,8 +29,13 @@ const PLAN_LIFE: Duration = Duration::from_secs(60);
 /// A `Prepare` of the bottom layer begins a pull, and a decision of its own; unless one was made just now, for another client
 /// of the same image.
 const PLAN_SHARED: Duration = Duration::from_secs(2);
+/// Decisions that wait to be written down.
+const MAX_PENDING: usize = 1024;
 /// Decisions that are kept; pulls of more images at once decide again.
 const MAX_PLANS: usize = 256;
+
+/// Code of a layer that was given back while a decision said lazy.
+const RELEASED: &str = "node.released";
 
 /// What was decided about an image.
 #[derive(Debug)]
@@ -55,10 +62,12 @@ pub struct NodeImages {
     /// Bound of one decision.
     pub(crate) deadline: Duration,
     plans: Mutex<HashMap<(String, ManifestDigest), Slot>>,
-    /// Layers that were given back and wait to be removed. Whoever holds `admission` removes them before it admits others,
-    /// so that a layer that is wanted again is never taken away afterwards.
+    /// Layers that were given back and wait to be removed; they stay here until they are gone, so that nobody takes one for
+    /// usable while it is being removed. Whoever holds `admission` removes them before it admits others, so that a layer that
+    /// is wanted again is never taken away afterwards.
     dying: Mutex<HashSet<Digest>>,
-    admission: Arc<tokio::sync::Mutex<()>>,
+    admission: tokio::sync::Mutex<()>,
+    decisions: SyncSender<Decision>,
     runtime: tokio::runtime::Handle,
 }
 
@@ -74,6 +83,7 @@ impl NodeImages {
         deadline: Duration,
     ) -> Self {
         Self {
+            decisions: record_decisions(catalog.clone()),
             store,
             fetcher,
             views,
@@ -82,7 +92,7 @@ impl NodeImages {
             deadline,
             plans: Mutex::default(),
             dying: Mutex::default(),
-            admission: Arc::default(),
+            admission: tokio::sync::Mutex::default(),
             runtime: tokio::runtime::Handle::current(),
         }
     }
@@ -115,7 +125,7 @@ impl NodeImages {
         self.plans.lock().unwrap_or_else(PoisonError::into_inner).remove(&key);
     }
 
-    async fn make_plan(&self, wanted: &Wanted) -> Plan {
+    async fn make_plan(self: &Arc<Self>, wanted: &Wanted) -> Plan {
         let empty = ImageRecord { image: wanted.image.to_string(), manifest: wanted.manifest, layers: Vec::new() };
         match self.try_plan(wanted).await {
             Ok(plan) => plan,
@@ -126,8 +136,13 @@ impl NodeImages {
         }
     }
 
-    async fn try_plan(&self, wanted: &Wanted) -> anyhow::Result<Plan> {
-        let origin = self.origins.of(&wanted.image, wanted.manifest)?;
+    async fn try_plan(self: &Arc<Self>, wanted: &Wanted) -> anyhow::Result<Plan> {
+        let (origins, image, manifest) = (self.origins.clone(), wanted.image.clone(), wanted.manifest);
+        // A credential helper may take seconds.
+        let origin = match tokio::task::spawn_blocking(move || origins.of(&image, manifest)).await? {
+            Ok(origin) => origin,
+            Err(error) => return Ok(Plan { decision: self.without_credential(error), record: none(wanted) }),
+        };
         let known = self.catalog.image(&wanted.image.name(), &wanted.manifest)?;
         // A margin, so that the reason is known before the caller gives up waiting.
         let patience = self.deadline.mul_f32(0.9);
@@ -155,38 +170,75 @@ impl NodeImages {
         self.take_in(wanted, &origin, decision, record, tocs).await
     }
 
+    /// The credential for the registry cannot be had: as if the registry had said so itself.
+    fn without_credential(&self, error: SourceError) -> ImageDecision {
+        outcome::decide_image(&outcome::ImageInputs {
+            streaming: true,
+            missing: None,
+            local: false,
+            chain_matches: false,
+            server: outcome::Answer::TimedOut,
+            probe: outcome::Answer::Failed { kind: error.kind, message: error.message },
+        })
+    }
+
     /// What is known of the image: from the catalog if the store has all its TOCs, else from the server.
     async fn served(
         &self,
         origin: &Origin,
         known: Option<ImageRecord>,
     ) -> Result<(ImageRecord, Vec<Vec<u8>>), SourceError> {
-        let in_store = |layer: &&LayerRecord| self.store.layer(&layer.digest).is_some();
         if let Some(record) = &known
-            && record.layers.iter().filter(|layer| layer.ineligible.is_none()).all(|layer| in_store(&layer))
+            && record
+                .layers
+                .iter()
+                .filter(|layer| layer.ineligible.is_none())
+                .all(|layer| self.usable(&layer.digest).is_some())
         {
             return Ok((record.clone(), Vec::new()));
         }
         // The TOCs of layers that other images brought need not travel again; the server is told all that might matter.
-        let known_layers = self.store.layers().iter().map(|layer| layer.digest()).take(MAX_KNOWN_LAYERS).collect();
+        let known_layers = self.store.layers().into_iter().map(|layer| layer.digest());
+        let known_layers =
+            known_layers.filter(|digest| !self.dying().contains(digest)).take(MAX_KNOWN_LAYERS).collect();
         let served = origin.server()?.image(&origin.scope, known_layers).await?;
         let layers = served.layers.iter().map(|layer| LayerRecord {
             digest: layer.digest,
             diff_id: layer.diff_id,
-            ineligible: layer.toc.as_ref().err().cloned(),
+            ineligible: layer.toc.as_ref().err().cloned().or_else(|| self.other_table(layer)),
         });
         let record =
             ImageRecord { image: origin.image.clone(), manifest: origin.scope.manifest, layers: layers.collect() };
         Ok((record, served.layers.into_iter().filter_map(|layer| layer.bytes).collect()))
     }
 
+    /// Why a layer that is here already cannot be gone on with: windows and content of the server would not fit its table.
+    fn other_table(&self, served: &ServedLayer) -> Option<String> {
+        let layer = self.usable(&served.digest)?;
+        let differs =
+            layer.state() == LayerState::Lazy && served.toc.as_ref().is_ok_and(|toc| *toc != layer.toc_digest());
+        differs.then(|| {
+            "this node has another table of it than the server, from an earlier import; hint: remove the images that use it"
+                .to_owned()
+        })
+    }
+
     fn is_verified(&self, digest: &Digest) -> bool {
-        self.store.layer(digest).is_some_and(|layer| layer.state() == LayerState::Verified)
+        self.usable(digest).is_some_and(|layer| layer.state() == LayerState::Verified)
+    }
+
+    fn dying(&self) -> MutexGuard<'_, HashSet<Digest>> {
+        self.dying.lock().unwrap_or_else(PoisonError::into_inner)
+    }
+
+    /// The layer, if the store has it and it was not given back.
+    fn usable(&self, digest: &Digest) -> Option<Arc<Layer>> {
+        if self.dying().contains(digest) { None } else { self.store.layer(digest) }
     }
 
     /// Puts what will be lazy into the store and lets the fetcher know where its bytes come from.
     async fn take_in(
-        &self,
+        self: &Arc<Self>,
         wanted: &Wanted,
         origin: &Origin,
         decision: ImageDecision,
@@ -198,29 +250,15 @@ impl NodeImages {
             ImageDecision::Local => record.layers.len(),
             ImageDecision::Deferred(_) => return Ok(Plan { decision, record }),
         };
-        let guard = Arc::clone(&self.admission).lock_owned().await;
-        self.remove_dying()?;
-        let store = Arc::clone(&self.store);
-        let wanted_layers: Vec<Digest> = record.layers.iter().take(lazy).map(|layer| layer.digest).collect();
-        let admitted = tokio::task::spawn_blocking(move || {
-            for toc in tocs {
-                match store.admit(&toc) {
-                    Ok(_) | Err(StoreError::Quarantined { .. }) => {}
-                    Err(error) => return Err(error),
-                }
-            }
-            Ok(wanted_layers.iter().map(|digest| store.layer(digest)).collect::<Vec<Option<Arc<Layer>>>>())
-        })
-        .await??;
-        drop(guard);
-        for (layer, described) in admitted.iter().zip(&record.layers) {
-            if layer.as_ref().is_some_and(|layer| layer.toc().diff_id() != described.diff_id) {
-                let text = format!("the table of layer {} is of another tar than the server says", described.digest);
-                return Ok(Plan { decision: ImageDecision::Deferred(Reason::new("image.mismatch", text)), record });
-            }
-        }
-        self.catalog.put_image(&wanted.image.name(), &record)?;
-        for layer in admitted.into_iter().flatten() {
+        // Held until the fetcher knows the layers: one that is removed in between would be fetched for nobody.
+        let _guard = self.admission.lock().await;
+        let (this, name, described) = (Arc::clone(self), wanted.image.name(), record.clone());
+        let admitted = tokio::task::spawn_blocking(move || this.admit(&name, &described, lazy, &tocs)).await??;
+        let admitted = match admitted {
+            Ok(admitted) => admitted,
+            Err(mismatch) => return Ok(Plan { decision: ImageDecision::Deferred(mismatch), record }),
+        };
+        for layer in admitted {
             if layer.state() == LayerState::Lazy {
                 let digest = layer.digest();
                 self.fetcher.attach(layer, origin.sources());
@@ -230,9 +268,38 @@ impl NodeImages {
         Ok(Plan { decision, record })
     }
 
-    /// Removes the layers that were given back. The caller holds `admission`.
+    /// Takes tables into the store and remembers the image. Gives those of its first `lazy` layers that are there, or why the
+    /// tables are not those of the image. Blocks; the caller holds `admission`.
+    fn admit(
+        &self,
+        name: &str,
+        record: &ImageRecord,
+        lazy: usize,
+        tocs: &[Vec<u8>],
+    ) -> anyhow::Result<Result<Vec<Arc<Layer>>, Reason>> {
+        self.remove_dying()?;
+        for toc in tocs {
+            match self.store.admit(toc) {
+                Ok(_) | Err(StoreError::Quarantined { .. }) => {}
+                Err(error) => return Err(error.into()),
+            }
+        }
+        let mut admitted = Vec::new();
+        for described in record.layers.iter().take(lazy) {
+            let Some(layer) = self.usable(&described.digest) else { continue };
+            if layer.toc().diff_id() != described.diff_id {
+                let text = format!("the table of layer {} is of another tar than the server says", described.digest);
+                return Ok(Err(Reason::new("image.mismatch", text)));
+            }
+            admitted.push(layer);
+        }
+        self.catalog.put_image(name, record)?;
+        Ok(Ok(admitted))
+    }
+
+    /// Removes the layers that were given back. Blocks; the caller holds `admission`.
     fn remove_dying(&self) -> anyhow::Result<()> {
-        let dying: Vec<Digest> = self.dying.lock().unwrap_or_else(PoisonError::into_inner).drain().collect();
+        let dying: Vec<Digest> = self.dying().iter().copied().collect();
         if dying.is_empty() {
             return Ok(());
         }
@@ -246,6 +313,8 @@ impl NodeImages {
                 Err(error) => warn!({ names::LAYER } = %digest, %error, "layer is not removed completely"),
             }
         }
+        // What the database did not let go of is still dying.
+        self.dying().retain(|digest| self.store.layer(digest).is_some());
         self.catalog.forget_images(|digest| self.store.layer(digest).is_some())?;
         self.plans.lock().unwrap_or_else(PoisonError::into_inner).clear();
         Ok(())
@@ -255,11 +324,12 @@ impl NodeImages {
     pub fn sweep(&self, used: &HashSet<Digest>) -> anyhow::Result<()> {
         let unused =
             self.store.layers().into_iter().map(|layer| layer.digest()).filter(|digest| !used.contains(digest));
-        self.dying.lock().unwrap_or_else(PoisonError::into_inner).extend(unused);
+        self.dying().extend(unused);
         self.remove_dying()
     }
 
-    /// Lets the fetcher go on with every layer that is not wholly local; the network is not needed for that.
+    /// Lets the fetcher go on with every layer that is not wholly local; the network is not needed for that. Blocks, and must
+    /// not be called on a thread of the runtime: a credential helper may take seconds.
     ///
     /// # Errors
     /// Those of the database.
@@ -269,7 +339,7 @@ impl NodeImages {
                 .image
                 .parse()
                 .map_err(anyhow::Error::from)
-                .and_then(|image| self.origins.of(&image, record.manifest));
+                .and_then(|image| Ok(self.origins.of(&image, record.manifest)?));
             let origin = match origin {
                 Ok(origin) => origin,
                 Err(error) => {
@@ -281,7 +351,9 @@ impl NodeImages {
                     continue;
                 }
             };
-            for layer in record.layers.iter().filter_map(|layer| self.store.layer(&layer.digest)) {
+            // As in `take_in`: no layer may be removed between the look at the store and the fetcher.
+            let _guard = self.admission.blocking_lock();
+            for layer in record.layers.iter().filter_map(|layer| self.usable(&layer.digest)) {
                 if layer.state() == LayerState::Lazy {
                     let digest = layer.digest();
                     self.fetcher.attach(layer, origin.sources());
@@ -293,37 +365,27 @@ impl NodeImages {
     }
 
     async fn decide_wanted(self: Arc<Self>, request: PrepareRequest) -> PrepareOutcome {
-        match self.catalog.streaming() {
-            Ok(true) => {}
-            Ok(false) => {
-                return PrepareOutcome::deferred(
-                    "node.streaming-off",
-                    "streaming is switched off on this node; hint: millstream streaming on",
-                );
-            }
+        let streaming = match self.catalog.streaming() {
+            Ok(streaming) => streaming,
             Err(error) => return failed(&error),
-        }
-        let wanted = match Wanted::from_labels(&request.labels) {
-            Ok(wanted) => wanted,
-            Err(missing) => {
-                let hint = "hint: set disable_snapshot_annotations = false in containerd's configuration";
-                return PrepareOutcome::deferred("labels.missing", format!("{missing}; {hint}"));
-            }
+        };
+        let wanted = Wanted::from_labels(&request.labels);
+        let refused = outcome::precondition(streaming, wanted.as_ref().err().map(String::as_str));
+        let wanted = match (refused, wanted) {
+            (None, Ok(wanted)) => wanted,
+            (Some(reason), _) => return PrepareOutcome::Deferred { reason },
+            (None, Err(missing)) => return PrepareOutcome::deferred("labels.missing", missing),
         };
         let plan = self.plan(&wanted, request.parent.is_none()).await;
-        let outcome = self.of_layer(&plan, &wanted, &request);
-        if matches!(&outcome, PrepareOutcome::Lazy { layer } | PrepareOutcome::Local { layer } if self.is_dying(layer))
-        {
-            // Given back since the plan was made: decide afresh, which waits for the removal.
-            self.forget_plan(&wanted);
-            let plan = self.plan(&wanted, false).await;
-            return self.of_layer(&plan, &wanted, &request);
+        match self.of_layer(&plan, &wanted, &request) {
+            PrepareOutcome::Deferred { reason } if reason.code == RELEASED => {
+                // Given back since the plan was made: decide afresh, which waits for the removal.
+                self.forget_plan(&wanted);
+                let plan = self.plan(&wanted, false).await;
+                self.of_layer(&plan, &wanted, &request)
+            }
+            outcome => outcome,
         }
-        outcome
-    }
-
-    fn is_dying(&self, digest: &Digest) -> bool {
-        self.dying.lock().unwrap_or_else(PoisonError::into_inner).contains(digest) || self.store.layer(digest).is_none()
     }
 
     fn of_layer(&self, plan: &Plan, wanted: &Wanted, request: &PrepareRequest) -> PrepareOutcome {
@@ -348,33 +410,25 @@ impl NodeImages {
                 rest.cloned().unwrap_or_else(|| Reason::new("image.not-eligible", "a layer below cannot be lazy"));
             return PrepareOutcome::Deferred { reason };
         }
-        match self.store.layer(&wanted.layer).map(|layer| layer.state()) {
+        match self.usable(&wanted.layer).map(|layer| layer.state()) {
             Some(LayerState::Verified) => PrepareOutcome::Local { layer: wanted.layer },
             Some(LayerState::Lazy) => PrepareOutcome::Lazy { layer: wanted.layer },
             Some(LayerState::Quarantined { reason }) => {
                 PrepareOutcome::deferred("layer.quarantined", format!("layer {}: {reason}", wanted.layer))
             }
-            None => PrepareOutcome::deferred("node.local", format!("layer {} is not in the store", wanted.layer)),
+            None => PrepareOutcome::deferred(RELEASED, format!("layer {} is not in the store any more", wanted.layer)),
         }
     }
 
     fn record_decision(&self, request: &PrepareRequest, outcome: &PrepareOutcome) {
         let wanted = Wanted::from_labels(&request.labels).ok();
-        let image = wanted.as_ref().map_or_else(String::new, |wanted| wanted.image.to_string());
+        let image = image_name(&request.labels);
         let (code, reason) = match outcome {
             PrepareOutcome::Lazy { .. } | PrepareOutcome::Local { .. } => (String::new(), String::new()),
             PrepareOutcome::Deferred { reason } | PrepareOutcome::Failed { reason } => {
                 (reason.code.to_owned(), reason.message.clone())
             }
         };
-        info!(
-            { names::IMAGE } = image,
-            { names::LAYER } = wanted.as_ref().map(|wanted| wanted.layer.to_string()),
-            { names::CODE } = code,
-            outcome = outcome.name(),
-            reason,
-            "decided about a layer"
-        );
         let decision = Decision {
             image,
             manifest: wanted.map_or_else(String::new, |wanted| wanted.manifest.to_string()),
@@ -385,13 +439,25 @@ impl NodeImages {
                 .duration_since(UNIX_EPOCH)
                 .map_or(0, |since| i64::try_from(since.as_secs()).unwrap_or(i64::MAX)),
         };
-        let catalog = self.catalog.clone();
-        self.runtime.spawn_blocking(move || {
+        // A full queue means that the disk does not keep up; the log has the decision too.
+        if self.decisions.try_send(decision).is_err() {
+            warn!("a decision is not recorded");
+        }
+    }
+}
+
+/// Writes decisions down, in their order, on a thread of its own: who makes them must not wait for the disk. Ends with the
+/// last sender.
+fn record_decisions(catalog: Catalog) -> SyncSender<Decision> {
+    let (sender, decisions) = sync_channel::<Decision>(MAX_PENDING);
+    std::thread::spawn(move || {
+        for decision in decisions {
             if let Err(error) = catalog.put_decision(&decision) {
                 warn!(error = format!("{error:#}"), "a decision is not recorded");
             }
-        });
-    }
+        }
+    });
+    sender
 }
 
 /// Layers whose TOCs the server is told to leave out, at most.
@@ -438,7 +504,7 @@ impl LazyImages for SharedImages {
     }
 
     fn released(&self, layers: &[Digest]) {
-        self.0.dying.lock().unwrap_or_else(PoisonError::into_inner).extend(layers);
+        self.0.dying().extend(layers);
         let this = Arc::clone(&self.0);
         self.0.runtime.spawn(async move {
             let _guard = this.admission.lock().await;

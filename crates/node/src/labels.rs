@@ -32,6 +32,13 @@ impl Wanted {
     }
 }
 
+/// The image as far as the labels name it; empty where they do not.
+#[must_use]
+pub fn image_name(labels: &BTreeMap<String, String>) -> String {
+    let Some(text) = labels.get(IMAGE_REF) else { return String::new() };
+    text.parse::<ImageRef>().map_or_else(|_| text.clone(), |image| image.to_string())
+}
+
 fn label<T: std::str::FromStr>(labels: &BTreeMap<String, String>, key: &str) -> Result<T, String>
 where
     T::Err: std::fmt::Display,

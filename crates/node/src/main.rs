@@ -59,8 +59,9 @@ fn run() -> anyhow::Result<()> {
                 .map_err(|_| anyhow!("a TLS provider is installed already"))?;
             let runtime = tokio::runtime::Builder::new_multi_thread().enable_all().thread_name("worker").build()?;
             let result = runtime.block_on(worker::run(&settings, inherited));
-            // Reads that still wait for a source must not hold up the end.
-            runtime.shutdown_background();
+            // Reads that still wait for a source must not hold up the end. To drop them would answer EIO; unanswered, they wait
+            // for the next worker, or end with the mount.
+            std::mem::forget(runtime);
             result
         }
     }

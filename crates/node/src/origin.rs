@@ -37,11 +37,11 @@ pub struct Origin {
 }
 
 impl Origins {
-    /// The origin of an image.
+    /// The origin of an image. Blocks while a credential helper runs (bounded by it, seconds).
     ///
     /// # Errors
     /// When the file with credentials cannot be read.
-    pub fn of(&self, image: &ImageRef, manifest: ManifestDigest) -> anyhow::Result<Origin> {
+    pub fn of(&self, image: &ImageRef, manifest: ManifestDigest) -> Result<Origin, SourceError> {
         let credential = match &self.docker_config {
             Some(path) => docker_config_credential(path, image)?,
             None => Credential::Anonymous,

@@ -3,6 +3,7 @@
 use std::collections::HashMap;
 use std::fmt;
 use std::ops::Range;
+use std::path::Path;
 use std::sync::Arc;
 use std::sync::atomic::{AtomicU64, Ordering};
 use std::time::Duration;
@@ -17,7 +18,7 @@ use millstream_toc::DataRange;
 use millstream_wire::millstream::v1 as wire;
 use millstream_wire::millstream::v1::get_image_response::Part;
 use millstream_wire::millstream::v1::images_client::ImagesClient;
-use tonic::transport::{Certificate, Channel, ClientTlsConfig, Endpoint};
+use tonic::transport::{Certificate, Channel, ClientTlsConfig, Endpoint, Identity};
 use tonic::{Code, Status};
 
 use crate::settings::ServerSettings;
@@ -89,7 +90,12 @@ impl Server {
                 );
             };
             let pem = std::fs::read(ca).with_context(|| format!("reading server.ca {}", ca.display()))?;
-            endpoint = endpoint.tls_config(ClientTlsConfig::new().ca_certificate(Certificate::from_pem(pem)))?;
+            let mut tls = ClientTlsConfig::new().ca_certificate(Certificate::from_pem(pem));
+            if let (Some(cert), Some(key)) = (&settings.cert, &settings.key) {
+                let read = |path: &Path| std::fs::read(path).with_context(|| format!("reading {}", path.display()));
+                tls = tls.identity(Identity::from_pem(read(cert)?, read(key)?));
+            }
+            endpoint = endpoint.tls_config(tls)?;
         }
         let client = ImagesClient::new(endpoint.connect_lazy()).max_decoding_message_size(MAX_MESSAGE);
         Ok(Some(Self { client, metadata_bytes: Arc::default() }))

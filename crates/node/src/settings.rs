@@ -37,6 +37,10 @@ pub struct ServerSettings {
     pub address: String,
     /// PEM file with the certificates that may have signed the server's. Needed for `https`.
     pub ca: Option<PathBuf>,
+    /// PEM file with this node's certificate, for servers that ask for one; together with `key`.
+    pub cert: Option<PathBuf>,
+    /// PEM file with its key.
+    pub key: Option<PathBuf>,
 }
 
 /// `[registry]`.
@@ -153,6 +157,9 @@ impl Settings {
 
 impl ServerSettings {
     fn check(&self) -> anyhow::Result<()> {
+        if self.cert.is_some() != self.key.is_some() {
+            bail!("server.cert and server.key belong together: set both or none");
+        }
         if self.address.is_empty() || self.address.starts_with("https://") {
             return Ok(());
         }
@@ -196,6 +203,7 @@ mod tests {
             ("root = \"relative\"", "absolute"),
             ("[server]\naddress = \"http://10.0.0.1:7443\"", "server.ca"),
             ("[server]\naddress = \"server:7443\"", "https://"),
+            ("[server]\ncert = \"/c.pem\"", "set both or none"),
             ("decision_deadline = \"soon\"", "expected number"),
         ] {
             let error = format!("{:#}", Settings::parse(text).unwrap_err());

@@ -7,7 +7,7 @@ use std::fs::{self, File};
 use std::io;
 use std::os::fd::{AsFd, OwnedFd};
 use std::os::unix::fs::{DirBuilderExt, PermissionsExt};
-use std::os::unix::net::UnixListener;
+use std::os::unix::net::{UnixListener, UnixStream};
 use std::os::unix::process::ExitStatusExt;
 use std::path::{Path, PathBuf};
 use std::process::{Child, Command};
@@ -17,7 +17,10 @@ use anyhow::{Context, bail};
 use millstream_sys::fuse_device::{self, Mounted};
 use millstream_sys::process::spawn_with;
 use millstream_sys::signals::Signals;
+use rustix::event::{PollFd, PollFlags, Timespec, poll};
 use rustix::fs::FlockOperation;
+use rustix::io::Errno;
+use rustix::net::sockopt::Timeout;
 use rustix::process::Signal;
 use tracing::{error, info, warn};
 
@@ -29,8 +32,17 @@ const FIRST_PAUSE: Duration = Duration::from_millis(100);
 const LAST_PAUSE: Duration = Duration::from_secs(10);
 /// A worker that lived this long was not in a crash loop.
 const GOOD_LIFE: Duration = Duration::from_secs(60);
-/// How long a worker may take to serve the connection after its start, and to end when asked.
-const WORKER_PATIENCE: Duration = Duration::from_secs(60);
+/// How long a worker may take to serve the connection after its start (it checks every table in the store), and to end when
+/// asked.
+const WORKER_PATIENCE: Duration = Duration::from_secs(120);
+/// Longest time that a worker may take to serve the connection, after several were not ready in time.
+const LAST_PATIENCE: Duration = Duration::from_secs(3600);
+/// How often a supervisor that waits for its worker looks at signals.
+const POLL: Duration = Duration::from_millis(100);
+/// Second message to a worker whose connection nobody has answered yet.
+pub const FIRST: &[u8] = b"first";
+/// What a worker says once it serves the connection.
+pub const SERVES: &[u8] = b"serves";
 /// Bytes of the longest message between supervisor and worker.
 pub const MAX_MESSAGE: usize = 64 * 1024;
 
@@ -45,12 +57,13 @@ pub fn mountpoint(settings: &Settings) -> PathBuf {
 /// # Errors
 /// When another instance owns the root directory, or mounting or binding fails.
 pub fn run(settings: &Settings, config: Option<&Path>) -> anyhow::Result<()> {
-    let signals = Signals::block(&[Signal::TERM.as_raw(), Signal::INT.as_raw(), Signal::CHILD.as_raw()])?;
+    // A terminal that goes away (SIGHUP) must not take the containers with it.
+    let signals = Signals::block(&[Signal::TERM, Signal::INT, Signal::CHILD, Signal::HUP].map(Signal::as_raw))?;
     make_private_dir(&settings.root)?;
     let _lock = lock(&settings.root)?;
     let mountpoint = mountpoint(settings);
-    let mounted = mount(&mountpoint)?;
     let listener = bind(&settings.socket)?;
+    let mounted = mount(&mountpoint)?;
     info!(root = %settings.root.display(), socket = %settings.socket.display(), "millstreamd is up");
     let result = supervise(&signals, &mounted, &listener, config);
     if let Err(error) = fuse_device::unmount(&mountpoint) {
@@ -98,7 +111,9 @@ fn bind(socket: &Path) -> anyhow::Result<UnixListener> {
     if !dir.exists() {
         make_private_dir(dir)?;
     }
-    // The lock on the root directory is ours, so nobody listens there any more.
+    if UnixStream::connect(socket).is_ok() {
+        bail!("another program listens at {}; hint: stop it, or choose another socket", socket.display());
+    }
     match fs::remove_file(socket) {
         Err(error) if error.kind() != io::ErrorKind::NotFound => {
             return Err(error).with_context(|| format!("removing the old socket {}", socket.display()));
@@ -118,11 +133,29 @@ fn supervise(
 ) -> anyhow::Result<()> {
     let mut answer = None;
     let mut pause = FIRST_PAUSE;
+    // Grows when a worker was not ready in time: a large store on a slow disk takes long to check.
+    let mut patience = WORKER_PATIENCE;
     loop {
+        if is_gone(&mounted.device)? {
+            bail!("the mount was taken away (unmounted or aborted); hint: start millstreamd again");
+        }
         let started = Instant::now();
-        let mut worker = start_worker(mounted, listener, config, &mut answer)?;
-        if watch(signals, &mut worker)? == Ended::Asked {
+        let ended = match start_worker(mounted, listener, config, answer.as_deref()) {
+            Ok(mut worker) => match introduce(signals, &mut worker, mounted, &mut answer, patience)? {
+                Some(ended) => ended,
+                None => watch(signals, &mut worker.child)?,
+            },
+            // No memory, no process number: it passes. To give up would end the connection, and with it every container.
+            Err(error) => {
+                error!(error = format!("{error:#}"), "cannot start a worker now; trying again");
+                Ended::Died
+            }
+        };
+        if ended == Ended::Asked {
             return Ok(());
+        }
+        if started.elapsed() >= patience {
+            patience = (patience * 2).min(LAST_PATIENCE);
         }
         if started.elapsed() >= GOOD_LIFE {
             pause = FIRST_PAUSE;
@@ -134,46 +167,54 @@ fn supervise(
     }
 }
 
-/// Starts a worker and waits until it serves the connection (or is dead, which [`watch`] will see).
+/// Whether the kernel has ended the connection; it then reports an error for the device.
+fn is_gone(device: &OwnedFd) -> io::Result<bool> {
+    let mut polled = [PollFd::new(device, PollFlags::empty())];
+    rustix::io::retry_on_intr(|| poll(&mut polled, Some(&Timespec::default())))?;
+    Ok(polled.iter().any(|device| device.revents().intersects(PollFlags::ERR | PollFlags::HUP | PollFlags::NVAL)))
+}
+
+/// A worker and our end of the line to it.
+struct Worker {
+    child: Child,
+    line: OwnedFd,
+}
+
 fn start_worker(
     mounted: &Mounted,
     listener: &UnixListener,
     config: Option<&Path>,
-    answer: &mut Option<Vec<u8>>,
-) -> anyhow::Result<Child> {
-    let (ours, theirs) = fuse_device::message_pair()?;
+    answer: Option<&[u8]>,
+) -> anyhow::Result<Worker> {
+    let (line, theirs) = fuse_device::message_pair()?;
+    rustix::net::sockopt::set_socket_timeout(&line, Timeout::Recv, Some(POLL))?;
     let mut command = Command::new("/proc/self/exe");
     command.arg("worker");
     if let Some(config) = config {
         command.arg("--config").arg(config);
     }
-    let worker = spawn_with(command, &[mounted.device.as_fd(), listener.as_fd(), theirs.as_fd()])
-        .context("starting the worker")?;
-    drop(theirs);
-    info!(pid = worker.id(), "worker started");
-    let first = answer.is_none();
-    // A worker that is dead already makes these fail; `watch` reports its death.
-    let told = fuse_device::write_message(ours.as_fd(), &mounted.init)
-        .and_then(|()| fuse_device::write_message(ours.as_fd(), answer.as_deref().unwrap_or(b"first")))
-        .and_then(|()| receive(&ours));
-    match told {
-        Ok(reply) if !reply.is_empty() => {
-            if first {
-                *answer = Some(reply);
-            }
-        }
-        Ok(_) => warn!(pid = worker.id(), "worker ended before it served the FUSE connection"),
-        Err(error) => warn!(pid = worker.id(), %error, "worker does not serve the FUSE connection"),
-    }
-    Ok(worker)
+    let passed = [mounted.device.as_fd(), listener.as_fd(), theirs.as_fd()];
+    let child = spawn_with(command, &passed).context("starting the worker")?;
+    info!(pid = child.id(), "worker started");
+    // They wait in the socket; to a worker that is dead already they cannot be sent, and `watch` sees its death.
+    let _ = fuse_device::write_message(line.as_fd(), &mounted.init)
+        .and_then(|()| fuse_device::write_message(line.as_fd(), answer.unwrap_or(FIRST)));
+    Ok(Worker { child, line })
 }
 
-fn receive(socket: &OwnedFd) -> io::Result<Vec<u8>> {
-    rustix::net::sockopt::set_socket_timeout(socket, rustix::net::sockopt::Timeout::Recv, Some(WORKER_PATIENCE))?;
-    let mut buffer = vec![0; MAX_MESSAGE];
-    let len = rustix::io::retry_on_intr(|| rustix::io::read(socket, &mut buffer))?;
-    buffer.truncate(len);
-    Ok(buffer)
+impl Worker {
+    /// What the worker says next, waiting at most [`POLL`]. None: nothing, or it closed the line.
+    fn message(&self) -> io::Result<Option<Vec<u8>>> {
+        let mut buffer = vec![0; MAX_MESSAGE];
+        match rustix::io::read(&self.line, &mut buffer) {
+            Ok(len) => {
+                buffer.truncate(len);
+                Ok((len > 0).then_some(buffer))
+            }
+            Err(Errno::AGAIN | Errno::INTR | Errno::CONNRESET) => Ok(None),
+            Err(error) => Err(error.into()),
+        }
+    }
 }
 
 #[derive(PartialEq, Eq)]
@@ -184,20 +225,59 @@ enum Ended {
     Died,
 }
 
+/// Until the worker serves the connection: passes its answer to INIT on to the kernel, if that has had none. The answer is
+/// kept in the same breath, so that no later worker takes an answered connection for a new one.
+fn introduce(
+    signals: &Signals,
+    worker: &mut Worker,
+    mounted: &Mounted,
+    answer: &mut Option<Vec<u8>>,
+    patience: Duration,
+) -> anyhow::Result<Option<Ended>> {
+    let deadline = Instant::now() + patience;
+    loop {
+        match worker.message()? {
+            Some(message) if message == SERVES => return Ok(None),
+            Some(message) if answer.is_none() => {
+                fuse_device::write_message(mounted.device.as_fd(), &message).context("answering the kernel")?;
+                *answer = Some(message);
+            }
+            Some(_) | None => {}
+        }
+        if asked_to_stop(signals.wait(Duration::ZERO)?) {
+            stop(signals, &mut worker.child)?;
+            return Ok(Some(Ended::Asked));
+        }
+        if has_died(&mut worker.child)? {
+            return Ok(Some(Ended::Died));
+        }
+        if Instant::now() >= deadline {
+            error!(pid = worker.child.id(), "worker does not get ready; killing it");
+            worker.child.kill()?;
+            worker.child.wait()?;
+            return Ok(Some(Ended::Died));
+        }
+    }
+}
+
+fn asked_to_stop(signal: Option<i32>) -> bool {
+    signal == Some(Signal::TERM.as_raw()) || signal == Some(Signal::INT.as_raw())
+}
+
+fn has_died(worker: &mut Child) -> anyhow::Result<bool> {
+    let Some(status) = worker.try_wait()? else { return Ok(false) };
+    let (pid, signal, code) = (worker.id(), status.signal(), status.code());
+    error!(pid, signal, code, "worker died; starting another one");
+    Ok(true)
+}
+
 fn watch(signals: &Signals, worker: &mut Child) -> anyhow::Result<Ended> {
     loop {
-        if let Some(status) = worker.try_wait()? {
-            error!(
-                pid = worker.id(),
-                signal = status.signal(),
-                code = status.code(),
-                "worker died; starting another one"
-            );
+        if has_died(worker)? {
             return Ok(Ended::Died);
         }
         // The time-out only guards against a lost SIGCHLD.
-        let signal = signals.wait(Duration::from_secs(5))?;
-        if signal == Some(Signal::TERM.as_raw()) || signal == Some(Signal::INT.as_raw()) {
+        if asked_to_stop(signals.wait(Duration::from_secs(5))?) {
             stop(signals, worker)?;
             return Ok(Ended::Asked);
         }
@@ -229,9 +309,38 @@ fn sleep(signals: &Signals, pause: Duration) -> anyhow::Result<bool> {
         if left.is_zero() {
             return Ok(true);
         }
-        let signal = signals.wait(left)?;
-        if signal == Some(Signal::TERM.as_raw()) || signal == Some(Signal::INT.as_raw()) {
+        if asked_to_stop(signals.wait(left)?) {
             return Ok(false);
         }
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn an_unmounted_connection_is_gone() {
+        if !rustix::process::geteuid().is_root() || !Path::new("/dev/fuse").exists() {
+            println!("skipped: needs root and /dev/fuse");
+            assert!(std::env::var_os("MILLSTREAM_REQUIRE_ALL").is_none(), "a required tier was skipped");
+            return;
+        }
+        let dir = tempfile::tempdir().unwrap();
+        let mounted = mount(&dir.path().join("m")).unwrap();
+        assert!(!is_gone(&mounted.device).unwrap());
+        fuse_device::unmount(&dir.path().join("m")).unwrap();
+        assert!(is_gone(&mounted.device).unwrap());
+    }
+
+    #[test]
+    fn a_socket_in_use_is_left_alone_and_an_old_one_is_replaced() {
+        let dir = tempfile::tempdir().unwrap();
+        let socket = dir.path().join("s/m.sock");
+        let listener = bind(&socket).unwrap();
+        assert!(format!("{:#}", bind(&socket).unwrap_err()).contains("another program listens"));
+        drop(listener);
+        bind(&socket).unwrap();
+        assert_eq!(fs::metadata(&socket).unwrap().permissions().mode() & 0o777, 0o600);
     }
 }

@@ -3,13 +3,12 @@
 use std::ffi::OsStr;
 use std::os::unix::ffi::OsStrExt;
 use std::path::PathBuf;
-use std::sync::Arc;
+use std::sync::{Arc, Mutex, PoisonError};
 
 use anyhow::{Context, anyhow};
 use millstream_chunkstore::{Layer, Store, ViewKey};
 use millstream_layerfs::{Below, LayerFs, View, ViewLayer, build_view};
 use millstream_oci::Digest;
-use tokio::sync::Mutex;
 use tracing::{info, warn};
 
 use crate::below::LowerDirs;
@@ -20,7 +19,8 @@ pub struct Views {
     store: Arc<Store>,
     fs: Arc<LayerFs>,
     mountpoint: PathBuf,
-    /// One view is built at a time: two requests for the same one must not build it twice.
+    /// One view is built or removed at a time: two requests for the same one must not build it twice, also when the first one
+    /// was given up while it was being built, and none may be built of layers that are about to be removed.
     building: Mutex<()>,
 }
 
@@ -73,13 +73,15 @@ impl Views {
             layers: layers.iter().map(|layer| layer.number()).collect(),
             below: below.iter().map(|dir| dir.as_os_str().as_bytes()).collect::<Vec<_>>().join(&b':'),
         };
-        let _building = self.building.lock().await;
         let this = Arc::clone(self);
         let number = tokio::task::spawn_blocking(move || this.ensure(&key)).await??;
         Ok(self.mountpoint.join(number.to_string()))
     }
 
     fn ensure(&self, key: &ViewKey) -> anyhow::Result<u32> {
+        let _building = self.building.lock().unwrap_or_else(PoisonError::into_inner);
+        // First, because a key whose layers are gone would stay for ever.
+        let layers = self.layers(key)?;
         let slot = self.store.allocate_view(key)?;
         if slot.existing {
             if self.fs.views().contains(&slot.number) {
@@ -101,17 +103,18 @@ impl Views {
             .collect();
         let below = LowerDirs(below);
         let below = (!below.0.is_empty()).then_some(&below as &dyn Below);
-        let bytes = build_view(&self.layers(key)?, below).context("merging layers")?;
+        let bytes = build_view(&layers, below).context("merging layers")?;
         self.store.write_view(slot.number, &bytes)?;
         self.fs.add(self.open(slot.number, key)?);
         Ok(slot.number)
     }
 
-    /// Takes away every view that shows one of these layers.
+    /// Takes away every view that shows one of these layers. Blocks while a view is being built.
     ///
     /// # Errors
     /// Those of the store.
     pub fn remove_with(&self, layers: &[u32]) -> anyhow::Result<()> {
+        let _building = self.building.lock().unwrap_or_else(PoisonError::into_inner);
         for (number, key) in self.store.views()? {
             if key.layers.iter().any(|layer| layers.contains(layer)) {
                 self.fs.remove(number);

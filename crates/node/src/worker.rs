@@ -2,8 +2,9 @@
 
 use std::collections::HashSet;
 use std::io;
-use std::os::fd::OwnedFd;
+use std::os::fd::{AsFd, OwnedFd};
 use std::os::unix::net::UnixListener;
+use std::path::Path;
 use std::sync::Arc;
 use std::time::Duration;
 
@@ -15,16 +16,19 @@ use millstream_oci::Digest;
 use millstream_prefetch::{FetchOptions, Fetcher};
 use millstream_registry::{Registry, RegistryOptions};
 use millstream_snapshots::{Options, SnapshotService, Snapshots};
+use millstream_source::names;
 use millstream_sys::fuse_device::write_message;
 use millstream_sys::process::take_passed;
 use millstream_wire::containerd::services::snapshots::v1::snapshots_server::SnapshotsServer;
 use millstream_wire::millstream::v1::node_server::NodeServer;
-use redb::Database;
+use redb::{Database, StorageError, TransactionError};
+use rustix::process::{Resource, Rlimit, getrlimit, setrlimit};
 use tokio::signal::unix::{SignalKind, signal};
+use tokio::sync::watch;
 use tokio::time::MissedTickBehavior;
 use tokio_stream::wrappers::UnixListenerStream;
 use tonic::transport::Server as GrpcServer;
-use tracing::{info, warn};
+use tracing::{error, info, warn};
 
 use crate::catalog::Catalog;
 use crate::content::NodeContent;
@@ -33,7 +37,7 @@ use crate::images::{NodeImages, Reporter, SharedImages};
 use crate::origin::Origins;
 use crate::server_client::Server;
 use crate::settings::Settings;
-use crate::supervisor::{MAX_MESSAGE, mountpoint};
+use crate::supervisor::{FIRST, MAX_MESSAGE, SERVES, mountpoint};
 use crate::views::Views;
 
 /// How long requests that are under way may go on after we were asked to stop.
@@ -41,6 +45,12 @@ const DRAIN: Duration = Duration::from_secs(5);
 
 /// How often layers are looked for that no snapshot shows; longer than a decision serves the `Prepare`s of one pull.
 const UNUSED: Duration = Duration::from_secs(90);
+
+/// How often it is looked whether the database still works.
+const DATABASE_CHECK: Duration = Duration::from_secs(1);
+
+/// Bytes that must be free on the disk before a database that failed is opened again.
+const DATABASE_ROOM: u64 = 32 * 1024 * 1024;
 
 /// What the supervisor passed to this process.
 #[derive(Debug)]
@@ -62,7 +72,7 @@ impl Inheritance {
             anyhow::bail!("the supervisor passed too few descriptors");
         };
         let init = message(&supervisor)?;
-        let answer = Some(message(&supervisor)?).filter(|answer| answer != b"first");
+        let answer = Some(message(&supervisor)?).filter(|answer| answer != FIRST);
         Ok(Self { connection: Connection { device, init, answer }, listener: listener.into(), supervisor })
     }
 }
@@ -79,6 +89,7 @@ fn message(socket: &OwnedFd) -> io::Result<Vec<u8>> {
 /// # Errors
 /// When something of our own is broken: disk, database, descriptors. Registry and server may be down.
 pub async fn run(settings: &Settings, inherited: Inheritance) -> anyhow::Result<()> {
+    raise_descriptor_limit();
     let db = Arc::new(Database::create(settings.root.join("state.redb")).context("opening the database")?);
 
     // world
@@ -115,27 +126,70 @@ pub async fn run(settings: &Settings, inherited: Inheritance) -> anyhow::Result<
         settings.decision_deadline,
     ));
     let options = Options { decide_deadline: settings.decision_deadline, ..Options::default() };
-    let snapshots = Snapshots::open(&settings.root, db, Arc::new(SharedImages(Arc::clone(&images))), options)?;
+    let snapshots =
+        Snapshots::open(&settings.root, Arc::clone(&db), Arc::new(SharedImages(Arc::clone(&images))), options)?;
     images.sweep(&snapshots.layers()?)?;
-    images.resume()?;
 
     // the kernel's side, then containerd's
-    let content = Arc::new(NodeContent::new(Arc::clone(&store), fetcher));
+    let (resumed, whether_resumed) = watch::channel(false);
+    let content = Arc::new(NodeContent::new(Arc::clone(&store), fetcher, whether_resumed));
     let adapter = Adapter::new(layerfs, content, tokio::runtime::Handle::current());
-    let session = Session::start(adapter, inherited.connection).context("serving the FUSE connection")?;
-    write_message(std::os::fd::AsFd::as_fd(&inherited.supervisor), &session.answer)
-        .context("reporting to the supervisor")?;
+    let supervisor = inherited.supervisor;
+    let session = Session::start(adapter, inherited.connection, |answer| write_message(supervisor.as_fd(), answer))
+        .context("serving the FUSE connection")?;
+    write_message(supervisor.as_fd(), SERVES).context("reporting to the supervisor")?;
+    tokio::task::spawn_blocking({
+        let images = Arc::clone(&images);
+        move || {
+            if let Err(error) = images.resume() {
+                warn!(error = format!("{error:#}"), "background downloads are not resumed");
+            }
+            let _ = resumed.send(true);
+        }
+    });
     if let Some(server) = server {
         server.warm_up();
     }
     tokio::spawn(give_back_unused(snapshots.clone(), Arc::clone(&store)));
     let control = Control::new(images, settings.fetch.hydration);
-    let result = serve(inherited.listener, SnapshotService::new(snapshots), control, session).await;
+    let result = tokio::select! {
+        result = serve(inherited.listener, SnapshotService::new(snapshots), control, session) => result,
+        error = database_failed(&db, &settings.root) => Err(error),
+    };
     let synced = tokio::task::spawn_blocking(move || store.sync_all()).await?;
     if let Err(error) = synced {
         warn!(%error, "not everything is synced; it is fetched again after the next start");
     }
     result
+}
+
+/// Every layer keeps its data file open, and the usual limit of 1024 descriptors is that of a few dozen images.
+fn raise_descriptor_limit() {
+    let limit = getrlimit(Resource::Nofile);
+    if let Err(error) = setrlimit(Resource::Nofile, Rlimit { current: limit.maximum, ..limit }) {
+        warn!(%error, ?limit, "cannot raise the limit of open files");
+    }
+}
+
+/// Returns when a new worker has to open the database anew: after one failure of the disk it refuses everything. While the
+/// disk is full that would not help, and local content can still be read.
+async fn database_failed(db: &Database, root: &Path) -> anyhow::Error {
+    let mut told = false;
+    loop {
+        tokio::time::sleep(DATABASE_CHECK).await;
+        let Err(TransactionError::Storage(StorageError::PreviousIo)) = db.try_begin_write() else { continue };
+        if !told {
+            error!(
+                { names::CODE } = "node.local",
+                "the database failed; no snapshot can be made until it is opened again"
+            );
+            told = true;
+        }
+        match rustix::fs::statvfs(root) {
+            Ok(disk) if disk.f_bavail.saturating_mul(disk.f_frsize) < DATABASE_ROOM => {}
+            _ => return anyhow::anyhow!("the database failed and has to be opened again"),
+        }
+    }
 }
 
 /// Gives back layers that were taken in for a pull which then did not happen: the client went away, or our answer came too
@@ -171,7 +225,7 @@ async fn serve(
     listener.set_nonblocking(true)?;
     let incoming = UnixListenerStream::new(tokio::net::UnixListener::from_std(listener)?);
     let (stop, stopped) = tokio::sync::oneshot::channel::<()>();
-    let serving = tokio::spawn(
+    let mut serving = tokio::spawn(
         GrpcServer::builder()
             .add_service(SnapshotsServer::new(snapshots))
             .add_service(NodeServer::new(control))
@@ -187,6 +241,11 @@ async fn serve(
         _ = terminate.recv() => {}
         // A terminal sends it to the whole group; the supervisor decides.
         _ = interrupt.recv() => {}
+        // Nobody would answer containerd any more: the next worker does.
+        ended = &mut serving => {
+            ended?.context("the service for containerd broke")?;
+            anyhow::bail!("the service for containerd ended by itself");
+        }
         ended = mounted => {
             ended?.context("the FUSE connection broke")?;
             anyhow::bail!("the mount was taken away; hint: millstreamd has to be started again");

@@ -1,9 +1,10 @@
 //! What to fetch after a read, before anybody asks for it.
 
-use std::collections::VecDeque;
+use std::collections::{BTreeSet, VecDeque};
+use std::ops::Range;
 
 use millstream_toc::DataRange;
-use millstream_toc::format::ContentIx;
+use millstream_toc::format::{ContentIx, SpanIx};
 
 /// Files whose reads are remembered for one layer.
 const REMEMBERED: usize = 64;
@@ -49,6 +50,27 @@ impl RecentReads {
         }
         self.0.push_back(Recent { content: ix, end: range.end, ahead });
         content.intersect(&wanted?)
+    }
+}
+
+/// Spans of one layer that were fetched for readers or ahead of them; at most all spans of it.
+#[derive(Debug, Default)]
+pub(crate) struct Fetched(BTreeSet<SpanIx>);
+
+impl Fetched {
+    /// Notes that `spans` are being fetched.
+    pub(crate) fn note(&mut self, spans: &Range<SpanIx>) {
+        self.0.extend(spans.clone());
+    }
+
+    /// Where a reader's request for `spans` should end: after up to `most` further spans that were not fetched before, if
+    /// at least `enough` of the `near` spans on either side were. Programs that start read small files all over a few
+    /// parts of a layer.
+    pub(crate) fn read_on(&self, spans: &Range<SpanIx>, near: u32, enough: usize, most: u32) -> SpanIx {
+        let before = self.0.range(spans.start.saturating_sub(near)..spans.start).count();
+        let after = self.0.range(spans.end..spans.end.saturating_add(near)).count();
+        let limit = if before + after >= enough { spans.end.saturating_add(most) } else { spans.end };
+        self.0.range(spans.end..limit).next().map_or(limit, |fetched| *fetched)
     }
 }
 

@@ -7,7 +7,7 @@ use millstream_chunkstore::Layer;
 use millstream_source::{BlobSource, ContentSource, WindowSource};
 use tokio_util::sync::CancellationToken;
 
-use crate::around::RecentReads;
+use crate::around::{Fetched, RecentReads};
 use crate::flight::Flight;
 use crate::hydrate::Status;
 
@@ -49,6 +49,7 @@ pub(crate) struct Attached {
     next_source: AtomicU64,
     flights: Mutex<Vec<Arc<Flight>>>,
     recent: Mutex<RecentReads>,
+    fetched: Mutex<Fetched>,
 }
 
 impl Attached {
@@ -61,6 +62,7 @@ impl Attached {
             next_source: AtomicU64::new(0),
             flights: Mutex::default(),
             recent: Mutex::default(),
+            fetched: Mutex::default(),
         }
     }
 
@@ -87,6 +89,10 @@ impl Attached {
     /// Fetches under way; as many as the queues of the scheduler allow.
     pub(crate) fn flights(&self) -> MutexGuard<'_, Vec<Arc<Flight>>> {
         self.flights.lock().unwrap_or_else(PoisonError::into_inner)
+    }
+
+    pub(crate) fn fetched(&self) -> MutexGuard<'_, Fetched> {
+        self.fetched.lock().unwrap_or_else(PoisonError::into_inner)
     }
 
     pub(crate) fn recent(&self) -> MutexGuard<'_, RecentReads> {

@@ -8,6 +8,7 @@ use millstream_source::{ErrorKind, SourceError};
 use millstream_toc::DataRange;
 use millstream_toc::format::{ChunkIx, FormatError};
 use millstream_toc::read::Chunk;
+use millstream_toc::span::Edge;
 
 /// Takes chunks whose digests were compared with the TOC. Called on threads that may block.
 pub(crate) trait ChunkSink: Send + Sync {
@@ -19,6 +20,15 @@ pub(crate) trait ChunkSink: Send + Sync {
     /// # Errors
     /// [`ErrorKind::Local`] when it cannot be kept; the fetch then ends.
     fn put(&self, chunk: Chunk, bytes: &[u8]) -> Result<(), SourceError>;
+
+    /// Is offered what could not be verified yet: one half of a chunk.
+    ///
+    /// # Errors
+    /// As [`ChunkSink::put`].
+    fn edge(&self, edge: Edge) -> Result<(), SourceError> {
+        drop(edge);
+        Ok(())
+    }
 }
 
 /// Keeps the chunks of a range in memory, for a store that is full.

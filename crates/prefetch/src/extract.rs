@@ -1,6 +1,7 @@
 //! One attempt at one group of spans from one source.
 
 use std::future::Future;
+use std::ops::Range;
 use std::sync::Arc;
 use std::time::Duration;
 
@@ -18,7 +19,7 @@ use crate::attached::ImageSources;
 use crate::deliver::{ChunkSink, toc_failed};
 use crate::fetcher::Shared;
 use crate::gate::Urgency;
-use crate::plan::Group;
+use crate::plan::{self, Group};
 
 /// Pieces of a body between the connection and the decompressor.
 const PIECES: usize = 8;
@@ -40,6 +41,10 @@ impl Attempt<'_> {
     pub(crate) async fn try_blob(self, image: &ImageSources) -> Result<(), SourceError> {
         let Self { shared, layer, group, urgency, sink } = self;
         let _permit = shared.gate.acquire(urgency).await?;
+        if group.chunks.iter().all(|chunk| !sink.wants(chunk.ix)) {
+            // Hydration was faster.
+            return Ok(());
+        }
         let (digest, idle) = (layer.digest(), shared.options.idle_timeout);
         shared.tally.request();
         let first = group.spans.start;
@@ -49,8 +54,8 @@ impl Attempt<'_> {
         let (body, window) = tokio::try_join!(body, window)?;
 
         let (pieces, received) = mpsc::channel(PIECES);
-        let (toc, sink) = (layer.toc().clone(), sink.clone());
-        let extracted = shared.runtime.spawn_blocking(move || extract(&toc, first, &window, received, &*sink));
+        let (toc, sink, spans) = (layer.toc().clone(), sink.clone(), group.spans.clone());
+        let extracted = shared.runtime.spawn_blocking(move || extract(&toc, &spans, &window, received, &*sink));
         let pumped = self.pump(body, pieces).await;
         // What the decompressor says explains more than the end of the body it caused.
         extracted.await.map_err(|e| SourceError::new(ErrorKind::Local, format!("decompressor failed: {e}")))??;
@@ -72,15 +77,17 @@ impl Attempt<'_> {
         if left == 0 { Ok(()) } else { Err(wrong_length(layer)) }
     }
 
-    /// All bytes came and matched so far, so every chunk must be there.
+    /// All bytes came and matched so far, so every chunk of which all spans were fetched must be there.
     fn check_complete(self) -> Result<(), SourceError> {
-        match self.group.chunks.iter().find(|chunk| self.sink.wants(chunk.ix)) {
-            None => Ok(()),
-            Some(chunk) => Err(SourceError::new(
-                ErrorKind::DigestMismatch,
-                format!("spans {:?} of {} ended before chunk {}", self.group.spans, self.layer.digest(), chunk.ix),
-            )),
+        let Self { layer, group, sink, .. } = self;
+        for chunk in group.chunks.iter().filter(|chunk| sink.wants(chunk.ix)) {
+            let spans = plan::spans_of(layer.toc(), *chunk).map_err(toc_failed)?;
+            if spans.is_some_and(|spans| group.spans.start <= spans.start && spans.end <= group.spans.end) {
+                let message = format!("spans {:?} of {} ended before chunk {}", group.spans, layer.digest(), chunk.ix);
+                return Err(SourceError::new(ErrorKind::DigestMismatch, message));
+            }
         }
+        Ok(())
     }
 
     /// Fetches the group's chunks as plain content.
@@ -103,15 +110,16 @@ impl Attempt<'_> {
     }
 }
 
-/// Decompresses pieces until they end.
+/// Decompresses the pieces of `spans` until they end.
 fn extract(
     toc: &Toc,
-    first: SpanIx,
+    spans: &Range<SpanIx>,
     window: &[u8],
     mut pieces: mpsc::Receiver<Bytes>,
     sink: &dyn ChunkSink,
 ) -> Result<(), SourceError> {
-    let mut extractor = SpanExtractor::new(toc, first, window).map_err(|e| span_failed(toc, e))?;
+    let end = toc.span(spans.end.saturating_sub(1)).map_err(toc_failed)?.tar.end;
+    let mut extractor = SpanExtractor::new(toc, spans.start, window).map_err(|e| span_failed(toc, e))?;
     let mut refused = Ok(());
     while let Some(piece) = pieces.blocking_recv() {
         let pushed = extractor.push(&piece, &mut |chunk, bytes| {
@@ -121,6 +129,15 @@ fn extract(
         });
         std::mem::replace(&mut refused, Ok(()))?;
         pushed.map_err(|e| span_failed(toc, e))?;
+        if let Some(front) = extractor.take_front() {
+            sink.edge(front)?;
+        }
+    }
+    // A body that broke off would give less than the head of the chunk.
+    if extractor.position() >= end
+        && let Some(back) = extractor.back().map_err(|e| span_failed(toc, e))?
+    {
+        sink.edge(back)?;
     }
     Ok(())
 }

@@ -9,24 +9,25 @@ use millstream_chunkstore::{Layer, LayerState};
 use millstream_oci::Digest;
 use millstream_source::{ErrorKind, Priority, SourceError, names};
 use millstream_toc::DataRange;
-use millstream_toc::format::SpanIx;
+use millstream_toc::format::{FormatError, SpanIx};
 use millstream_toc::read::Chunk;
 use tokio::runtime::Handle;
 
 use crate::attached::{Attached, ImageSources};
 use crate::counters::{Counters, Tally};
 use crate::deliver::{ChunkSink, MemorySink, store_failed, toc_failed};
+use crate::edges::{Edges, Half};
 use crate::extract::{Attempt, bounded};
 use crate::flight::{self, Flight};
 use crate::gate::{Gate, Urgency};
 use crate::hydrate::{Hydration, Progress};
 use crate::options::FetchOptions;
-use crate::plan::{self, Bounds, Group};
+use crate::plan::{self, Bounds, Group, Need};
 use crate::queue::Limits;
 use crate::windows::Windows;
 
 /// How often a read looks again for what is missing before it gives up. More than twice is only needed when a fetch that
-/// was joined brought other chunks than hoped.
+/// was joined brought other chunks than hoped, or half of one.
 const ROUNDS: u32 = 4;
 /// Largest range that is fetched without storing it.
 const MAX_UNSTORED: u64 = 4 * 1024 * 1024;
@@ -41,12 +42,22 @@ pub trait FetchEvents: Send + Sync {
     fn failed(&self, layer: &Digest, error: &SourceError);
 }
 
+/// How to fetch a chunk that lies across the border of two spans.
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+enum Halves {
+    /// With two fetches if need be; with none for a half that is there.
+    Joined,
+    /// With one fetch, whose source then answers for it.
+    Together,
+}
+
 /// What all fetches share.
 pub(crate) struct Shared {
     pub(crate) options: FetchOptions,
     pub(crate) gate: Gate,
     pub(crate) tally: Tally,
     pub(crate) windows: Windows,
+    pub(crate) edges: Arc<Edges>,
     pub(crate) events: Arc<dyn FetchEvents>,
     pub(crate) runtime: Handle,
 }
@@ -70,6 +81,7 @@ impl Fetcher {
         let limits = Limits {
             slots: options.slots,
             hydrate_slots: options.hydrate_slots,
+            settle: options.settle,
             // Parts of a layer wait here; their number is bounded by the layers hydrated at once.
             waiting: [
                 options.demand_queue,
@@ -85,6 +97,7 @@ impl Fetcher {
             },
             tally: Tally::default(),
             windows: Windows::new(options.window_cache, options.window_batch),
+            edges: Arc::new(Edges::new(options.edge_cache)),
             events,
             runtime,
             options,
@@ -148,14 +161,14 @@ impl Fetcher {
         range: DataRange,
         priority: Priority,
     ) -> Result<(), SourceError> {
-        for _ in 0..ROUNDS {
+        for round in 0..ROUNDS {
             let missing = missing(&attached.layer, range)?;
             if missing.is_empty() {
                 return Ok(());
             }
-            for flight in self.join(attached, &missing, priority)? {
-                flight.wait(range).await?;
-            }
+            // A half that was counted on may have been dropped, or may be wrong.
+            let halves = if round == 0 { Halves::Joined } else { Halves::Together };
+            flight::wait(&self.join(attached, &missing, priority, halves)?, range).await?;
         }
         if missing(&attached.layer, range)?.is_empty() {
             return Ok(());
@@ -172,23 +185,28 @@ impl Fetcher {
         attached: &Arc<Attached>,
         chunks: &[Chunk],
         priority: Priority,
+        halves: Halves,
     ) -> Result<Vec<Arc<Flight>>, SourceError> {
         let toc = attached.layer.toc();
         let mut flights = attached.flights();
         let mut joined: Vec<Arc<Flight>> = Vec::new();
         let mut rest = Vec::new();
         for chunk in chunks {
-            let Some(spans) = plan::spans_of(toc, *chunk).map_err(toc_failed)? else { continue };
-            match flights.iter().find(|flight| flight.covers(&spans)) {
-                None => rest.push(*chunk),
-                Some(flight) if joined.iter().any(|other| Arc::ptr_eq(other, flight)) => {}
-                Some(flight) => joined.push(flight.clone()),
+            for need in self.needs(attached, *chunk, halves).map_err(toc_failed)? {
+                match flights.iter().find(|flight| flight.covers(&need.spans)) {
+                    None => rest.push(need),
+                    Some(flight) if joined.iter().any(|other| Arc::ptr_eq(other, flight)) => {}
+                    Some(flight) => joined.push(flight.clone()),
+                }
             }
         }
         for flight in &joined {
             flight.urgency.raise(&self.shared.gate, priority);
         }
-        for group in plan::plan(toc, &rest, self.bounds(priority)).map_err(toc_failed)? {
+        for mut group in plan::plan(toc, &rest, self.bounds(priority)).map_err(toc_failed)? {
+            if priority == Priority::Demand {
+                self.read_on(attached, &mut group).map_err(toc_failed)?;
+            }
             let flight = self.start(attached, group, priority);
             flights.push(flight.clone());
             joined.push(flight);
@@ -196,13 +214,52 @@ impl Fetcher {
         Ok(joined)
     }
 
+    /// What to fetch for a chunk that was missing: nothing if it came meanwhile. Called with the list of flights locked:
+    /// one that is not on it any more has delivered everything.
+    fn needs(&self, attached: &Attached, chunk: Chunk, halves: Halves) -> Result<Vec<Need>, FormatError> {
+        let toc = attached.layer.toc();
+        let Some(spans) = plan::spans_of(toc, chunk)? else { return Ok(Vec::new()) };
+        let together = halves == Halves::Together || !plan::has_halves(toc, chunk, &spans)?;
+        let half = if together { None } else { self.shared.edges.half(&attached.layer.digest(), chunk.ix) };
+        if attached.layer.has(chunk.ix) {
+            return Ok(Vec::new());
+        }
+        if together {
+            return Ok(vec![Need { chunk, spans }]);
+        }
+        let missing = match half {
+            None => spans,
+            Some(Half::Head) => spans.start + 1..spans.end,
+            Some(Half::Tail) => spans.start..spans.start + 1,
+        };
+        Ok(missing.map(|span| Need { chunk, spans: span..span + 1 }).collect())
+    }
+
+    /// Lets a reader's request go on over the next spans where others nearby were read. They cost no round trip, and
+    /// nothing of them comes before what the reader waits for.
+    fn read_on(&self, attached: &Attached, group: &mut Group) -> Result<(), FormatError> {
+        let options = &self.shared.options;
+        let toc = attached.layer.toc();
+        let end = attached.fetched().read_on(&group.spans, options.near, options.near_fetched, options.read_on);
+        for next in group.spans.end..end.min(toc.span_count()) {
+            let span = toc.span(next)?;
+            if span.blob.start < attached.hydration.blob_bytes() {
+                break;
+            }
+            group.spans.end = next + 1;
+            group.blob.end = span.blob.end;
+        }
+        Ok(())
+    }
+
     fn start(&self, attached: &Arc<Attached>, group: Group, priority: Priority) -> Arc<Flight> {
         let spans: Range<SpanIx> = group.spans.clone();
+        attached.fetched().note(&spans);
         tracing::debug!(
             { names::LAYER } = %attached.layer.digest(), ?spans, bytes = group.blob.len(), chunks = group.chunks.len(),
             ?priority, "fetching",
         );
-        let flight = Arc::new(Flight::new(attached.layer.clone(), spans, priority));
+        let flight = Arc::new(Flight::new(attached.layer.clone(), self.shared.edges.clone(), spans, priority));
         let task = flight::fly(self.shared.clone(), attached.clone(), flight.clone(), group);
         self.shared.runtime.spawn(task);
         flight
@@ -226,8 +283,8 @@ impl Fetcher {
         let content = DataRange::with_len(record.data_off.get(), record.size.get());
         let ahead = attached.recent().after(ix, content, range, options.small_file, options.read_ahead);
         let Some(ahead) = ahead else { return };
-        let started =
-            missing(&attached.layer, ahead).and_then(|chunks| self.join(attached, &chunks, Priority::Prefetch));
+        let started = missing(&attached.layer, ahead)
+            .and_then(|chunks| self.join(attached, &chunks, Priority::Prefetch, Halves::Joined));
         if let Err(error) = started {
             tracing::debug!({ names::LAYER } = %attached.layer.digest(), %error, "nothing is read around");
         }
@@ -255,7 +312,10 @@ impl Fetcher {
         let memory = Arc::new(MemorySink::new(range, there, &missing));
         let sink: Arc<dyn ChunkSink> = memory.clone();
         let urgency = Urgency::new(Priority::Demand);
-        let groups = plan::plan(attached.layer.toc(), &missing, self.bounds(Priority::Demand)).map_err(toc_failed)?;
+        let toc = attached.layer.toc();
+        let groups =
+            plan::whole(toc, &missing).and_then(|needs| plan::plan(toc, &needs, self.bounds(Priority::Demand)));
+        let groups = groups.map_err(toc_failed)?;
         let all = async {
             for group in &groups {
                 let attempt =

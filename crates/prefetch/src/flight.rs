@@ -3,15 +3,19 @@
 use std::ops::Range;
 use std::sync::Arc;
 
+use futures::StreamExt;
+use futures::stream::FuturesUnordered;
 use millstream_chunkstore::Layer;
 use millstream_source::{ErrorKind, Priority, Retry, SourceError, names};
 use millstream_toc::DataRange;
 use millstream_toc::format::{ChunkIx, SpanIx};
 use millstream_toc::read::Chunk;
+use millstream_toc::span::Edge;
 use tokio::sync::watch;
 
 use crate::attached::{Attached, ImageSources, Source};
-use crate::deliver::{ChunkSink, store_failed};
+use crate::deliver::{ChunkSink, store_failed, toc_failed};
+use crate::edges::Edges;
 use crate::extract::Attempt;
 use crate::fetcher::Shared;
 use crate::gate::Urgency;
@@ -21,6 +25,7 @@ use crate::plan::Group;
 #[derive(Debug)]
 pub(crate) struct Flight {
     layer: Arc<Layer>,
+    edges: Arc<Edges>,
     pub(crate) spans: Range<SpanIx>,
     pub(crate) urgency: Urgency,
     state: watch::Sender<State>,
@@ -34,26 +39,26 @@ struct State {
 }
 
 impl Flight {
-    pub(crate) fn new(layer: Arc<Layer>, spans: Range<SpanIx>, priority: Priority) -> Self {
-        Self { layer, spans, urgency: Urgency::new(priority), state: watch::Sender::default() }
+    pub(crate) fn new(layer: Arc<Layer>, edges: Arc<Edges>, spans: Range<SpanIx>, priority: Priority) -> Self {
+        Self { layer, edges, spans, urgency: Urgency::new(priority), state: watch::Sender::default() }
     }
 
-    /// Whether it will bring all of a chunk that needs `spans`.
+    /// Whether it will bring what lies in `spans`.
     pub(crate) fn covers(&self, spans: &Range<SpanIx>) -> bool {
         self.spans.start <= spans.start && spans.end <= self.spans.end
     }
 
-    /// Waits until no chunk of `range` is missing or the fetch has ended.
-    pub(crate) async fn wait(&self, range: DataRange) -> Result<(), SourceError> {
+    /// Waits until no chunk of `range` is missing (`true`) or the fetch has ended.
+    async fn wait(&self, range: DataRange) -> Result<bool, SourceError> {
         let mut state = self.state.subscribe();
         loop {
             // The outcome first: what was stored before it was set is then seen below.
             let outcome = state.borrow_and_update().outcome.clone();
             if self.layer.missing(range).map_err(store_failed)?.is_empty() {
-                return Ok(());
+                return Ok(true);
             }
             if let Some(outcome) = outcome {
-                return outcome;
+                return outcome.map(|()| false);
             }
             if state.changed().await.is_err() {
                 return Err(aborted());
@@ -68,6 +73,21 @@ impl Flight {
     }
 }
 
+/// Waits until no chunk of `range` is missing or all of `flights` have ended. All at once: the two halves of a chunk may come
+/// with two of them, and the one that comes last stores it.
+///
+/// # Errors
+/// That of the first one that fails.
+pub(crate) async fn wait(flights: &[Arc<Flight>], range: DataRange) -> Result<(), SourceError> {
+    let mut waits: FuturesUnordered<_> = flights.iter().map(|flight| flight.wait(range)).collect();
+    while let Some(complete) = waits.next().await {
+        if complete? {
+            break;
+        }
+    }
+    Ok(())
+}
+
 impl ChunkSink for Flight {
     fn wants(&self, chunk: ChunkIx) -> bool {
         !self.layer.has(chunk)
@@ -77,6 +97,25 @@ impl ChunkSink for Flight {
         self.layer.write(chunk, bytes).map_err(store_failed)?;
         self.state.send_modify(|state| state.chunks += 1);
         Ok(())
+    }
+
+    fn edge(&self, edge: Edge) -> Result<(), SourceError> {
+        let chunk = edge.chunk;
+        if !self.wants(chunk.ix) {
+            return Ok(());
+        }
+        let joined = self.edges.offer(&self.layer.digest(), edge, |whole| {
+            let expected = self.layer.toc().chunk_digest(chunk.ix).map_err(toc_failed)?;
+            if blake3::hash(whole).as_bytes()[..expected.len()] == expected {
+                return self.put(chunk, whole);
+            }
+            // Either half may be wrong. Whoever wants the chunk fetches it anew, all from one source, which shows which.
+            tracing::warn!(
+                { names::LAYER } = %self.layer.digest(), chunk = chunk.ix, "two halves do not make a chunk: both dropped",
+            );
+            Ok(())
+        });
+        joined.unwrap_or(Ok(()))
     }
 }
 

@@ -129,10 +129,10 @@ impl Gate {
             (permit, granted)
         };
         loop {
-            // Only time makes a hydration overdue, so those that wait look after the queue.
-            let due = self.state().scheduler.next_due().map(|due| self.epoch + due);
+            // Only time makes a hydration overdue or demand settle, so those that wait look after the queue.
             let now = Instant::now();
-            let look = due.filter(|due| *due > now).unwrap_or(now + self.starvation);
+            let due = self.state().scheduler.next_due(now.saturating_duration_since(self.epoch));
+            let look = due.map_or(now + self.starvation, |due| self.epoch + due);
             match tokio::time::timeout_at(look, &mut granted).await {
                 Ok(_) => return Ok(permit),
                 Err(_) => self.change(|_| ()),

@@ -83,6 +83,11 @@ impl Status {
         inner.failures
     }
 
+    /// Compressed bytes that the pass under way has read.
+    pub(crate) fn blob_bytes(&self) -> u64 {
+        self.blob_bytes.load(Ordering::Relaxed)
+    }
+
     pub(crate) fn progress(&self, layer: &Layer) -> Progress {
         let inner = self.lock();
         let state = match layer.state() {

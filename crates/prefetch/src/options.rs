@@ -50,10 +50,20 @@ pub struct FetchOptions {
     pub prefetch_spans: u32,
     /// Two pieces of the blob with no more than this many compressed bytes between them become one request.
     pub gap: u64,
+    /// A reader's request goes on over up to this many further spans, if at least `near_fetched` of the `near` spans on
+    /// either side were fetched before. Zero switches it off.
+    pub read_on: u32,
+    /// See `read_on`.
+    pub near: u32,
+    /// See `read_on`.
+    pub near_fetched: usize,
     /// Requests at once, at least 2; one of them is kept for readers.
     pub slots: usize,
     /// How many of them hydration may use.
     pub hydrate_slots: usize,
+    /// After a reader's last request, hydration starts nothing for this long: a program that starts reads one thing after
+    /// the other.
+    pub settle: Duration,
     /// Readers' requests that may wait for a slot.
     pub demand_queue: usize,
     /// Other requests that may wait for a slot; what does not fit is not fetched ahead.
@@ -68,9 +78,11 @@ pub struct FetchOptions {
     pub window_batch: u32,
     /// Bytes of windows that are kept in memory.
     pub window_cache: usize,
+    /// Bytes of half chunks that are kept until the other half comes.
+    pub edge_cache: usize,
     /// Layers hydrated at once.
     pub hydrations: usize,
-    /// Compressed bytes of one hydration request.
+    /// Compressed bytes of one hydration request: what is under way cannot be taken back when a reader comes.
     pub part_size: u64,
     /// Parts of one layer that are fetched at once. `part_size * (parts_in_flight + 2)` bounds the memory of a hydration.
     pub parts_in_flight: usize,
@@ -95,18 +107,23 @@ impl Default for FetchOptions {
             demand_spans: 4,
             prefetch_spans: 16,
             gap: 128 * 1024,
+            read_on: 3,
+            near: 8,
+            near_fetched: 2,
             slots: 8,
             hydrate_slots: 4,
+            settle: Duration::from_millis(300),
             demand_queue: 4096,
             prefetch_queue: 256,
             starvation: Duration::from_secs(1),
             small_file: 4 * 1024 * 1024,
             read_ahead: 8 * 1024 * 1024,
-            window_batch: 8,
+            window_batch: 4,
             window_cache: 8 * 1024 * 1024,
+            edge_cache: 4 * 1024 * 1024,
             hydrations: 1,
-            part_size: 4 * 1024 * 1024,
-            parts_in_flight: 3,
+            part_size: 512 * 1024,
+            parts_in_flight: 8,
             sources: 4,
             budget: Budget::default(),
             jitter: Arc::new(RandomJitter::default()),

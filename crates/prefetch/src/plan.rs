@@ -13,7 +13,8 @@ pub struct Group {
     pub spans: Range<SpanIx>,
     /// Their compressed bytes.
     pub blob: BlobRange,
-    /// The chunks they are fetched for, ascending. Other chunks within the spans come along.
+    /// The chunks they are fetched for, ascending; the first and the last may need one span more, which is or was fetched
+    /// by somebody else. Other chunks within the spans come along.
     pub chunks: Vec<Chunk>,
 }
 
@@ -35,24 +36,58 @@ pub fn spans_of(toc: &Toc, chunk: Chunk) -> Result<Option<Range<SpanIx>>, Format
     Ok(spans.first().zip(spans.last()).map(|(first, last)| *first..last.saturating_add(1)))
 }
 
-/// Groups that together give all of `chunks` (ascending). Both halves of a chunk that straddles two spans are always in the
-/// same group, since a decompressor that starts at the second span never sees the first half; where that would make a group
-/// too long, the next group begins with the shared span once more.
+/// Spans that are fetched for a chunk: all it needs, with one request; or one of two whose halves are then joined.
+#[derive(Debug, Clone, PartialEq, Eq)]
+pub struct Need {
+    /// The chunk.
+    pub chunk: Chunk,
+    /// The spans.
+    pub spans: Range<SpanIx>,
+}
+
+/// Fetches each chunk with all the spans it needs.
 ///
 /// # Errors
 /// When the TOC is damaged.
-pub fn plan(toc: &Toc, chunks: &[Chunk], bounds: Bounds) -> Result<Vec<Group>, FormatError> {
-    let mut groups: Vec<Group> = Vec::new();
+pub fn whole(toc: &Toc, chunks: &[Chunk]) -> Result<Vec<Need>, FormatError> {
+    let mut needs = Vec::with_capacity(chunks.len());
     for chunk in chunks {
-        let Some(spans) = spans_of(toc, *chunk)? else { continue };
+        needs.extend(spans_of(toc, *chunk)?.map(|spans| Need { chunk: *chunk, spans }));
+    }
+    Ok(needs)
+}
+
+/// Whether a chunk that needs `spans` can be joined from two halves that came with different requests. Sparse files are
+/// not worth the trouble.
+///
+/// # Errors
+/// When the TOC is damaged.
+pub fn has_halves(toc: &Toc, chunk: Chunk, spans: &Range<SpanIx>) -> Result<bool, FormatError> {
+    if spans.len() != 2 {
+        return Ok(false);
+    }
+    let content = toc.content(toc.content_of_chunk(chunk.ix)?)?;
+    Ok(toc.extents(&content)?.is_none())
+}
+
+/// Groups that together give all of `needs`, which ascend. The spans of one need are always in the same group; where that
+/// would make a group too long, the next group begins with the shared span once more.
+///
+/// # Errors
+/// When the TOC is damaged.
+pub fn plan(toc: &Toc, needs: &[Need], bounds: Bounds) -> Result<Vec<Group>, FormatError> {
+    let mut groups: Vec<Group> = Vec::new();
+    for Need { chunk, spans } in needs {
         if let Some(group) = groups.last_mut()
-            && joins(toc, group, &spans, bounds)?
+            && joins(toc, group, spans, bounds)?
         {
             group.spans.end = group.spans.end.max(spans.end);
-            group.chunks.push(*chunk);
+            if group.chunks.last() != Some(chunk) {
+                group.chunks.push(*chunk);
+            }
             continue;
         }
-        groups.push(Group { spans, blob: BlobRange::default(), chunks: vec![*chunk] });
+        groups.push(Group { spans: spans.clone(), blob: BlobRange::default(), chunks: vec![*chunk] });
     }
     for group in &mut groups {
         let (first, last) = (toc.span(group.spans.start)?, toc.span(group.spans.end.saturating_sub(1))?);

@@ -12,9 +12,12 @@ pub struct Limits {
     pub slots: usize,
     /// How many of them may be [`Priority::Hydrate`].
     pub hydrate_slots: usize,
+    /// No hydration request starts until this long after the last demand: what is under way, the next reader must wait
+    /// behind, and a program that starts reads one thing after the other.
+    pub settle: Duration,
     /// Requests that may wait, in the order of [`Priority`].
     pub waiting: [usize; 3],
-    /// While demand is active, one hydration request starts in this time.
+    /// While demand is active or has not settled, one hydration request starts in this time.
     pub starvation: Duration,
 }
 
@@ -30,6 +33,10 @@ pub struct Scheduler {
     waiting: [VecDeque<Ticket>; 3],
     running: HashMap<Ticket, Priority>,
     last_hydrate: Duration,
+    /// Demand may have come to its end since the last look at the clock.
+    demand_seen: bool,
+    /// When the last demand will have settled.
+    settled: Duration,
 }
 
 /// Place of a priority in arrays.
@@ -46,7 +53,15 @@ impl Scheduler {
     #[must_use]
     pub fn new(limits: Limits) -> Self {
         let limits = Limits { slots: limits.slots.max(2), hydrate_slots: limits.hydrate_slots.max(1), ..limits };
-        Self { limits, next: 0, waiting: Default::default(), running: HashMap::new(), last_hydrate: Duration::ZERO }
+        Self {
+            limits,
+            next: 0,
+            waiting: Default::default(),
+            running: HashMap::new(),
+            last_hydrate: Duration::ZERO,
+            demand_seen: false,
+            settled: Duration::ZERO,
+        }
     }
 
     /// Queues a request; `None` when the queue of its priority is full.
@@ -79,6 +94,7 @@ impl Scheduler {
 
     /// Forgets a request, whether it waited or ran.
     pub fn finish(&mut self, ticket: Ticket) {
+        self.demand_seen |= self.demand_active();
         if self.running.remove(&ticket).is_none() {
             for queue in &mut self.waiting {
                 queue.retain(|waiting| *waiting != ticket);
@@ -88,6 +104,9 @@ impl Scheduler {
 
     /// The next request that may run at time `now`, which then runs. Call until it gives `None`.
     pub fn grant(&mut self, now: Duration) -> Option<Ticket> {
+        if std::mem::take(&mut self.demand_seen) || self.demand_active() {
+            self.settled = now.saturating_add(self.limits.settle);
+        }
         let free = self.limits.slots.saturating_sub(self.running.len());
         // The last free slot may go to an overdue hydration only while demand has others: one is always kept for demand.
         let demand_elsewhere = self.count(Priority::Demand) > 0;
@@ -98,7 +117,7 @@ impl Scheduler {
             &[Priority::Hydrate, Priority::Demand, Priority::Prefetch]
         } else if free == 1 {
             &[Priority::Demand]
-        } else if self.demand_active() {
+        } else if self.demand_active() || now < self.settled {
             &[Priority::Demand, Priority::Prefetch]
         } else {
             &[Priority::Prefetch, Priority::Hydrate]
@@ -141,11 +160,15 @@ impl Scheduler {
         !self.waiting[class(Priority::Demand)].is_empty()
     }
 
-    /// When to call [`Scheduler::grant`] even though nothing changed: a hydration that waits for demand becomes overdue.
+    /// When after `now` to call [`Scheduler::grant`] even though nothing changed: a hydration that waits for demand becomes
+    /// overdue, or demand has settled. While demand is active, that moves with every call.
     #[must_use]
-    pub fn next_due(&self) -> Option<Duration> {
-        (self.demand_active() && !self.waiting[class(Priority::Hydrate)].is_empty())
-            .then(|| self.last_hydrate.saturating_add(self.limits.starvation))
+    pub fn next_due(&self, now: Duration) -> Option<Duration> {
+        if self.waiting[class(Priority::Hydrate)].is_empty() {
+            return None;
+        }
+        let overdue = self.last_hydrate.saturating_add(self.limits.starvation);
+        [overdue, self.settled].into_iter().filter(|due| *due > now).min()
     }
 
     /// Number of requests that run.
@@ -164,7 +187,7 @@ mod tests {
     const SECOND: Duration = Duration::from_secs(1);
 
     fn scheduler(slots: usize) -> Scheduler {
-        Scheduler::new(Limits { slots, hydrate_slots: 2, waiting: [64, 3, 64], starvation: SECOND })
+        Scheduler::new(Limits { slots, hydrate_slots: 2, settle: SECOND / 4, waiting: [64, 3, 64], starvation: SECOND })
     }
 
     fn drain(scheduler: &mut Scheduler, now: Duration) -> Vec<Ticket> {
@@ -200,11 +223,26 @@ mod tests {
         let demand = s.submit(Demand).unwrap();
         let second = s.submit(Hydrate).unwrap();
         assert_eq!(drain(&mut s, 10 * SECOND), [demand]);
-        assert_eq!(s.next_due(), Some(11 * SECOND));
+        assert_eq!(s.next_due(10 * SECOND + SECOND / 2), Some(11 * SECOND));
         assert_eq!(drain(&mut s, 11 * SECOND), [second]);
+    }
+
+    #[test]
+    fn hydration_waits_until_demand_has_settled() {
+        let mut s = scheduler(4);
+        let demand = s.submit(Demand).unwrap();
+        assert_eq!(drain(&mut s, 10 * SECOND), [demand]);
+        let first = s.submit(Hydrate).unwrap();
+        assert_eq!(drain(&mut s, 10 * SECOND), [first], "overdue");
+        let (second, third) = (s.submit(Hydrate).unwrap(), s.submit(Hydrate).unwrap());
         s.finish(demand);
-        let third = s.submit(Hydrate).unwrap();
-        assert_eq!(drain(&mut s, 11 * SECOND), [third]);
+        s.finish(first);
+        let settled = 10 * SECOND + SECOND / 4;
+        assert_eq!(drain(&mut s, 10 * SECOND), []);
+        assert_eq!(s.next_due(10 * SECOND), Some(settled));
+        assert_eq!(drain(&mut s, settled - Duration::from_millis(1)), []);
+        assert_eq!(drain(&mut s, settled), [second, third]);
+        assert_eq!(s.next_due(settled), None);
     }
 
     #[test]
@@ -270,10 +308,10 @@ mod tests {
             }
             // When those that run come to their end, every one that waits runs some time.
             for _ in 0..live.len() {
-                let Some(ticket) = running.pop() else { break };
-                s.finish(ticket);
                 now += SECOND;
                 running.extend(drain(&mut s, now));
+                let Some(ticket) = running.pop() else { break };
+                s.finish(ticket);
             }
             prop_assert!(s.waiting.iter().all(VecDeque::is_empty));
         }

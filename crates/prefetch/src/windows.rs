@@ -1,7 +1,6 @@
 //! Windows of decompressors: asked for a few at a time, verified, kept in a bounded cache.
 
-use std::collections::{BTreeMap, HashMap};
-use std::sync::{Mutex, PoisonError};
+use std::sync::{Mutex, MutexGuard, PoisonError};
 
 use bytes::Bytes;
 use millstream_chunkstore::Layer;
@@ -10,58 +9,24 @@ use millstream_source::{ErrorKind, SourceError, WindowSource};
 use millstream_toc::format::SpanIx;
 
 use crate::counters::Tally;
+use crate::lru::Lru;
 
 type Key = (Digest, SpanIx);
 
 /// Verified windows, least recently used ones dropped first.
 #[derive(Debug)]
 pub(crate) struct Windows {
-    cache: Mutex<Cache>,
+    cache: Mutex<Lru<Key, Bytes>>,
     batch: u32,
-}
-
-#[derive(Debug, Default)]
-struct Cache {
-    limit: usize,
-    size: usize,
-    clock: u64,
-    windows: HashMap<Key, (Bytes, u64)>,
-    by_use: BTreeMap<u64, Key>,
-}
-
-impl Cache {
-    fn get(&mut self, key: &Key) -> Option<Bytes> {
-        let (window, used) = self.windows.get_mut(key)?;
-        self.by_use.remove(used);
-        self.clock += 1;
-        *used = self.clock;
-        self.by_use.insert(self.clock, *key);
-        Some(window.clone())
-    }
-
-    fn insert(&mut self, key: Key, window: Bytes) {
-        self.remove(&key);
-        self.clock += 1;
-        self.size += window.len();
-        self.windows.insert(key, (window, self.clock));
-        self.by_use.insert(self.clock, key);
-        while self.size > self.limit {
-            let Some((_, oldest)) = self.by_use.pop_first() else { break };
-            self.remove(&oldest);
-        }
-    }
-
-    fn remove(&mut self, key: &Key) {
-        if let Some((window, used)) = self.windows.remove(key) {
-            self.size -= window.len();
-            self.by_use.remove(&used);
-        }
-    }
 }
 
 impl Windows {
     pub(crate) fn new(limit: usize, batch: u32) -> Self {
-        Self { cache: Mutex::new(Cache { limit, ..Cache::default() }), batch: batch.max(1) }
+        Self { cache: Mutex::new(Lru::new(limit)), batch: batch.max(1) }
+    }
+
+    fn cache(&self) -> MutexGuard<'_, Lru<Key, Bytes>> {
+        self.cache.lock().unwrap_or_else(PoisonError::into_inner)
     }
 
     /// The window of span `ix`; empty when it needs none.
@@ -78,8 +43,8 @@ impl Windows {
             return Ok(Bytes::new());
         }
         let digest = layer.digest();
-        if let Some(window) = self.cache.lock().unwrap_or_else(PoisonError::into_inner).get(&(digest, ix)) {
-            return Ok(window);
+        if let Some(window) = self.cache().get(&(digest, ix)) {
+            return Ok(window.clone());
         }
         let spans = ix..ix.saturating_add(self.batch).min(toc.span_count());
         let windows = source.windows(&digest, spans.clone()).await?;
@@ -99,7 +64,8 @@ impl Windows {
                 wanted = Some(window.clone());
             }
             if !window.is_empty() {
-                self.cache.lock().unwrap_or_else(PoisonError::into_inner).insert((digest, span), window);
+                let size = window.len();
+                self.cache().insert((digest, span), window, size);
             }
         }
         wanted.ok_or_else(|| {
@@ -108,27 +74,5 @@ impl Windows {
                 format!("window of span {ix} of {digest} does not match its digest"),
             )
         })
-    }
-}
-
-#[cfg(test)]
-mod tests {
-    use super::*;
-
-    #[test]
-    fn the_cache_forgets_what_was_not_used_and_never_grows_beyond_its_limit() {
-        let mut cache = Cache { limit: 100, ..Cache::default() };
-        let key = |ix| (Digest::of(b"layer"), ix);
-        let window = || Bytes::from(vec![1; 40]);
-        cache.insert(key(1), window());
-        cache.insert(key(2), window());
-        assert!(cache.get(&key(1)).is_some());
-        cache.insert(key(3), window());
-        assert!(cache.get(&key(2)).is_none());
-        assert!(cache.get(&key(1)).is_some() && cache.get(&key(3)).is_some());
-        cache.insert(key(3), window());
-        assert_eq!((cache.size, cache.windows.len(), cache.by_use.len()), (80, 2, 2));
-        cache.insert(key(4), Bytes::from(vec![1; 101]));
-        assert_eq!((cache.size, cache.by_use.len()), (0, 0));
     }
 }

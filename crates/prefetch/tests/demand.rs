@@ -11,6 +11,7 @@ use millstream_chunkstore::StoreOptions;
 use millstream_prefetch::{FetchOptions, plan};
 use millstream_source::{ErrorKind, Priority};
 use millstream_toc::DataRange;
+use proptest::prelude::*;
 
 const DEMAND: Priority = Priority::Demand;
 
@@ -275,6 +276,101 @@ async fn a_full_disk_is_said_and_the_bytes_can_be_had_without_it() {
     assert_eq!(world.layer.bytes_present(), 0);
 }
 
+/// Spans that were requested, each as often as it was.
+fn spans_of_requests(world: &World, source: &Double) -> Vec<u32> {
+    let toc = world.layer.toc();
+    let mut spans = Vec::new();
+    for request in source.requests() {
+        let inside = |ix: &u32| {
+            let blob = toc.span(*ix).unwrap().blob;
+            request.start <= blob.start && blob.end <= request.end
+        };
+        spans.extend((0..toc.span_count()).filter(inside));
+    }
+    spans.sort_unstable();
+    spans
+}
+
+proptest! {
+    #![proptest_config(ProptestConfig::with_cases(40))]
+
+    #[test]
+    fn no_span_is_fetched_twice_in_whatever_order(
+        order in Just((0..60u64).collect::<Vec<_>>()).prop_shuffle(),
+        demand_spans in 1u32..4,
+        at_once in 1usize..9,
+    ) {
+        static IMAGES: std::sync::LazyLock<[std::sync::Arc<fixture::Image>; 2]> =
+            std::sync::LazyLock::new(|| [image(1), fixture::plain(1)]);
+        let runtime = tokio::runtime::Builder::new_multi_thread().worker_threads(2).enable_all().build().unwrap();
+        for image in &*IMAGES {
+            runtime.block_on(async {
+                let limits = FetchOptions { demand_spans, ..options() };
+                let world = World::new(image, &image.toc, limits, StoreOptions::default());
+                let source = Double::new(image);
+                world.attach(source.sources());
+                let size = world.layer.toc().data_size();
+                let step = size.div_ceil(order.len() as u64);
+                for some in order.chunks(at_once) {
+                    let reads = some.iter().map(|part| {
+                        let range = DataRange::new(part * step, size.min((part + 1) * step));
+                        world.fetcher.ensure(&image.digest, range, DEMAND)
+                    });
+                    futures::future::try_join_all(reads).await.unwrap();
+                }
+                assert_eq!(world.layer.missing(DataRange::new(0, size)).unwrap(), []);
+                let all: Vec<u32> = (0..world.layer.toc().span_count()).collect();
+                assert_eq!(spans_of_requests(&world, &source), all);
+                world.check();
+            });
+        }
+    }
+}
+
+#[tokio::test(flavor = "multi_thread", worker_threads = 2)]
+async fn halves_of_which_one_is_wrong_are_fetched_anew_and_the_right_source_is_blamed() {
+    let image = fixture::plain(1);
+    let world = World::simple(&image);
+    let (good, bad) = (Double::new(&image), Double::new(&image));
+    // Its byte 2000 of the second span lies in a chunk that begins in the first.
+    bad.corrupt.store(true, Ordering::SeqCst);
+    let toc = world.layer.toc().clone();
+    let all = toc.chunks_in(world.file(1)).unwrap();
+    let across = all.iter().find(|chunk| plan::spans_of(&toc, **chunk).unwrap() == Some(0..2)).unwrap();
+    let end_of_fetch = || eventually("the end of the fetch", || world.fetcher.counters().active == 0);
+    world.attach(good.sources());
+    world.fetcher.ensure(&image.digest, world.file(0), DEMAND).await.unwrap();
+    end_of_fetch().await;
+    world.attach(bad.sources());
+    world.fetcher.ensure(&image.digest, DataRange::with_len(across.data.end, 100), DEMAND).await.unwrap();
+    end_of_fetch().await;
+    assert_eq!((good.requests().len(), bad.requests().len()), (1, 1));
+    assert_eq!(world.fetcher.counters().digest_mismatches, 0, "nobody knows which half is wrong");
+    assert!(!world.layer.has(across.ix));
+    world.fetcher.ensure(&image.digest, across.data, DEMAND).await.unwrap();
+    assert_eq!(world.fetcher.counters().digest_mismatches, 1);
+    world.fetcher.ensure(&image.digest, world.file(2), DEMAND).await.unwrap();
+    assert_eq!((good.requests().len(), bad.requests().len()), (3, 2), "the good source is asked first now");
+    world.check();
+}
+
+#[tokio::test(flavor = "multi_thread", worker_threads = 2)]
+async fn requests_go_on_where_others_were_nearby() {
+    let image = fixture::plain(2);
+    let limits = FetchOptions { demand_spans: 1, read_on: 2, near: 6, near_fetched: 2, ..options() };
+    let world = World::new(&image, &image.toc, limits, StoreOptions::default());
+    let source = Double::new(&image);
+    world.attach(source.sources());
+    assert!(world.layer.toc().span_count() >= 6);
+    for (span, fetched) in [(0, vec![0]), (5, vec![0, 5]), (2, vec![0, 2, 3, 4, 5]), (1, vec![0, 1, 2, 3, 4, 5])] {
+        let at = DataRange::with_len(world.file(1).start + (span << 20) + (256 << 10), 100);
+        world.fetcher.ensure(&image.digest, at, DEMAND).await.unwrap();
+        eventually("the end of the fetch", || world.fetcher.counters().active == 0).await;
+        assert_eq!(spans_of_requests(&world, &source), fetched);
+    }
+    world.check();
+}
+
 #[test]
 fn groups_hold_every_chunk_whole_and_respect_their_bounds() {
     let image = image(8);
@@ -284,7 +380,7 @@ fn groups_hold_every_chunk_whole_and_respect_their_bounds() {
     for spans in 1..4 {
         for step in [1, 2, 30, 100] {
             let some: Vec<_> = all.iter().step_by(step).copied().collect();
-            let groups = plan::plan(&toc, &some, plan::Bounds { spans, gap: 0 }).unwrap();
+            let groups = plan::plan(&toc, &plan::whole(&toc, &some).unwrap(), plan::Bounds { spans, gap: 0 }).unwrap();
             assert_eq!(groups.iter().flat_map(|group| group.chunks.clone()).collect::<Vec<_>>(), some);
             for group in groups {
                 assert!(group.spans.len() <= spans.max(2) as usize);

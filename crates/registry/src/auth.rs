@@ -20,6 +20,7 @@ use tokio::time::Instant;
 use crate::Credential;
 use crate::endpoint::Endpoint;
 use crate::failure::shown;
+use crate::inward;
 use crate::options::{MAX_CACHED, MAX_TOKEN_ANSWER};
 use crate::transport::{Request, Transport};
 
@@ -62,11 +63,27 @@ struct State {
     failed: Option<(Instant, SourceError)>,
 }
 
+/// What the last challenge led to.
 #[derive(Debug)]
-struct Grant {
-    header: HeaderValue,
-    /// Where the next one comes from and when it is due; none for what never expires.
-    renewal: Option<(BearerChallenge, Instant)>,
+enum Grant {
+    /// The caller's credential as it is. Not kept here: whoever asks brings it along.
+    Own,
+    Token {
+        header: HeaderValue,
+        /// Where the next one comes from.
+        challenge: BearerChallenge,
+        /// When it is due.
+        due: Instant,
+    },
+}
+
+impl Grant {
+    fn header(&self, asker: Asker<'_>) -> Result<HeaderValue, SourceError> {
+        match self {
+            Self::Own => own_header(asker),
+            Self::Token { header, .. } => Ok(header.clone()),
+        }
+    }
 }
 
 impl Tokens {
@@ -77,10 +94,10 @@ impl Tokens {
         let mut state = slot.lock().await;
         let challenge = match &state.grant {
             None => return Ok(None),
-            Some(Grant { renewal: Some((challenge, due)), .. }) if *due <= Instant::now() => challenge.clone(),
-            Some(grant) => return Ok(Some(grant.header.clone())),
+            Some(Grant::Token { challenge, due, .. }) if *due <= Instant::now() => challenge.clone(),
+            Some(grant) => return grant.header(asker).map(Some),
         };
-        state.settle(began, fetch(asker, challenge)).await.map(Some)
+        state.settle(asker, began, fetch(asker, challenge)).await.map(Some)
     }
 
     /// The answer to the challenges in `headers`, which came for a request that was sent with `used`.
@@ -94,33 +111,31 @@ impl Tokens {
         let began = Instant::now();
         let slot = self.slot(key);
         let mut state = slot.lock().await;
-        if let Some(grant) = &state.grant
-            && Some(&grant.header) != used
-        {
-            // Another request has been challenged and has settled it.
-            return Ok(grant.header.clone());
+        if let Some(grant) = &state.grant {
+            let known = grant.header(asker)?;
+            if Some(&known) != used {
+                // Another request has been challenged and has settled it.
+                return Ok(known);
+            }
         }
         let challenges = Challenges::read(headers);
-        let static_header = match (asker.credential, challenges) {
-            (Credential::Bearer(token), _) => format!("Bearer {}", token.expose()),
+        match (asker.credential, challenges) {
+            (Credential::Bearer(_), _) => {}
             (_, Challenges { bearer: Some(challenge), .. }) => {
                 state.grant = None;
-                return state.settle(began, fetch(asker, challenge)).await;
+                return state.settle(asker, began, fetch(asker, challenge)).await;
             }
-            (Credential::Basic { username, password }, Challenges { basic: true, .. }) => {
-                basic(username, password.expose())
-            }
+            (Credential::Basic { .. }, Challenges { basic: true, .. }) => {}
             (Credential::Anonymous, Challenges { basic: true, .. }) => {
                 return Err(unauthorized(asker, "asks for a user name and password"));
             }
             _ => return Err(unauthorized(asker, "asks for credentials in a way that is not supported")),
-        };
-        let header =
-            secret_header(&static_header).ok_or_else(|| unauthorized(asker, "cannot be sent such credentials"))?;
+        }
+        let header = own_header(asker)?;
         if used == Some(&header) {
             return Err(unauthorized(asker, "refuses the credentials"));
         }
-        state.grant = Some(Grant { header: header.clone(), renewal: None });
+        state.grant = Some(Grant::Own);
         Ok(header)
     }
 
@@ -138,6 +153,7 @@ impl State {
     /// Keeps what `fetching` gives, unless a fetch that ended after `began` has just failed.
     async fn settle(
         &mut self,
+        asker: Asker<'_>,
         began: Instant,
         fetching: impl Future<Output = Result<Grant, SourceError>>,
     ) -> Result<HeaderValue, SourceError> {
@@ -148,7 +164,7 @@ impl State {
         }
         match fetching.await {
             Ok(grant) => {
-                let header = grant.header.clone();
+                let header = grant.header(asker)?;
                 *self = Self { grant: Some(grant), failed: None };
                 Ok(header)
             }
@@ -203,9 +219,8 @@ impl Challenges {
 async fn fetch(asker: Asker<'_>, challenge: BearerChallenge) -> Result<Grant, SourceError> {
     let url = token_url(asker, &challenge)?;
     let mut private = HeaderMap::new();
-    if let Credential::Basic { username, password } = asker.credential {
-        let header = secret_header(&basic(username, password.expose()));
-        private.insert(AUTHORIZATION, header.ok_or_else(|| unauthorized(asker, "cannot be sent such credentials"))?);
+    if let Credential::Basic { .. } = asker.credential {
+        private.insert(AUTHORIZATION, own_header(asker)?);
     }
     let request = Request { method: Method::GET, url, headers: HeaderMap::new(), private };
     let asked = Instant::now();
@@ -219,7 +234,7 @@ async fn fetch(asker: Asker<'_>, challenge: BearerChallenge) -> Result<Grant, So
     let life = token.expires_in.map_or(DEFAULT_LIFE, Duration::from_secs).clamp(DEFAULT_LIFE, LONGEST_LIFE);
     let header = secret_header(&token.token.bearer_token()).ok_or_else(malformed)?;
     // A little early, so that it does not expire on its way.
-    Ok(Grant { header, renewal: Some((challenge, asked + life * 9 / 10)) })
+    Ok(Grant::Token { header, challenge, due: asked + life * 9 / 10 })
 }
 
 #[derive(Deserialize)]
@@ -244,6 +259,9 @@ fn token_url(asker: Asker<'_>, challenge: &BearerChallenge) -> Result<Url, Sourc
         (_, "https") | ("http", "http") => {}
         _ => return refuse("that is not reached by https"),
     }
+    if inward::names_token_server(registry, &url) {
+        return refuse("at an address of this machine or its networks");
+    }
     if !url.username().is_empty() || url.password().is_some() {
         return refuse("with credentials in its address");
     }
@@ -267,8 +285,16 @@ fn is_pull_scope(scope: &str) -> bool {
     scope.starts_with("repository:") && scope.ends_with(":pull")
 }
 
-fn basic(username: &str, password: &str) -> String {
-    format!("Basic {}", STANDARD.encode(format!("{username}:{password}")))
+/// The caller's credential as a header of its own.
+fn own_header(asker: Asker<'_>) -> Result<HeaderValue, SourceError> {
+    let text = match asker.credential {
+        Credential::Anonymous => return Err(unauthorized(asker, "asks for credentials")),
+        Credential::Basic { username, password } => {
+            format!("Basic {}", STANDARD.encode(format!("{username}:{}", password.expose())))
+        }
+        Credential::Bearer(token) => format!("Bearer {}", token.expose()),
+    };
+    secret_header(&text).ok_or_else(|| unauthorized(asker, "cannot be sent such credentials"))
 }
 
 fn secret_header(text: &str) -> Option<HeaderValue> {

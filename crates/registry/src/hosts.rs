@@ -151,7 +151,7 @@ fn certificate_files(dir: &Path) -> Result<PartialHost, String> {
 
 /// The hosts of a `hosts.toml`, in the order of the file, the `server` last.
 fn parse(text: &str, dir: &Path) -> Result<Vec<PartialHost>, String> {
-    let file: File = toml::from_str(text).map_err(|error| error.to_string())?;
+    let file: File = toml::from_str(text).map_err(|error| malformed(text, &error))?;
     let mut tables: Vec<(Spanned<String>, RawHost)> = file.host.into_iter().collect();
     tables.sort_by_key(|(url, _)| url.span().start);
     let mut hosts = Vec::new();
@@ -161,6 +161,16 @@ fn parse(text: &str, dir: &Path) -> Result<Vec<PartialHost>, String> {
     let server = file.server.filter(|server| !server.is_empty());
     hosts.push(file.root.resolve(server.as_ref(), dir)?);
     Ok(hosts)
+}
+
+/// Where the file is wrong. Only that: the parser's own text quotes the line, which may hold a credential.
+fn malformed(text: &str, error: &toml::de::Error) -> String {
+    // A span from the start is that of the whole file: flattened fields have none of their own.
+    let before = error.span().and_then(|span| text.get(..span.start));
+    match before.filter(|before| !before.is_empty()) {
+        Some(before) => format!("malformed at line {}", before.matches('\n').count() + 1),
+        None => "malformed, or a key has a value of the wrong type".to_owned(),
+    }
 }
 
 #[derive(Deserialize)]
@@ -275,9 +285,11 @@ fn headers(raw: BTreeMap<String, OneOrMany<String>>) -> Result<HeaderMap, String
 /// The base URL of a `server` or `host` entry and the name it gives.
 fn server_url(server: &str, override_path: bool) -> Result<(Url, String), String> {
     let full = if server.contains("://") { server.to_owned() } else { format!("https://{server}") };
-    let mut url = Url::parse(&full).map_err(|error| format!("host {server:?}: {error}"))?;
+    // What stands before an `@` may be a password.
+    let shown = server.rsplit_once('@').map_or(server, |(_, host)| host);
+    let mut url = Url::parse(&full).map_err(|error| format!("host {shown:?}: {error}"))?;
     if !matches!(url.scheme(), "http" | "https") || url.host_str().is_none() {
-        return Err(format!("host {server:?} is not an http or https address"));
+        return Err(format!("host {shown:?} is not an http or https address"));
     }
     let rest = full.split_once("://").map_or("", |(_, rest)| rest);
     let authority = rest.split(['/', '?', '#']).next().unwrap_or_default();

@@ -114,6 +114,20 @@ fn a_file_nobody_understands_is_passed_over() {
 }
 
 #[test]
+fn what_is_wrong_with_a_file_is_told_without_its_text() {
+    for (text, line) in [
+        ("server = \"https://a\"\n[header]\nauthorization = \"Basic hunter2\nx = 1", "line 3"),
+        ("\nheader = \"hunter2\"", "wrong type"),
+        ("skip_verify = \"hunter2\"", "wrong type"),
+        ("[host.\"https://ann:hunter2@\"]", "host"),
+        ("server = \"ftp://ann:hunter2@a\"", "host"),
+    ] {
+        let error = parse(text, Path::new("/")).err().unwrap();
+        assert!(error.contains(line) && !error.contains("hunter2"), "{error}");
+    }
+}
+
+#[test]
 fn certificate_files_serve_without_a_hosts_file() {
     let root = tempfile::tempdir().unwrap();
     let dir = root.path().join("r.example");

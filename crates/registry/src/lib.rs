@@ -6,6 +6,7 @@ mod docker_config;
 mod endpoint;
 mod failure;
 mod hosts;
+mod inward;
 mod options;
 mod repository;
 mod transport;

@@ -51,6 +51,10 @@ pub(crate) const MAX_TOKEN_ANSWER: u64 = 1 << 20;
 /// The most that is read of the text of a failure, in bytes; also of bodies read only to keep a connection alive.
 pub(crate) const MAX_DRAIN: u64 = 64 << 10;
 
+/// Bytes a second that a body which is read as a whole must come with, on average and at its greatest length: pauses below the
+/// idle time-out must not add up without end.
+pub(crate) const MIN_RATE: u64 = 16 << 10;
+
 /// The longest `Retry-After` that is believed.
 pub(crate) const MAX_RETRY_AFTER: Duration = Duration::from_secs(3600);
 

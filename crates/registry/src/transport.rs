@@ -12,7 +12,8 @@ use reqwest::{Client, Method, Response, StatusCode, Url};
 use tokio::sync::{OwnedSemaphorePermit, Semaphore};
 
 use crate::failure::{broken, refused, shown};
-use crate::options::{MAX_CACHED, MAX_DRAIN, MAX_REDIRECTS, RegistryOptions};
+use crate::inward;
+use crate::options::{MAX_CACHED, MAX_DRAIN, MAX_REDIRECTS, MIN_RATE, RegistryOptions};
 
 /// Places for requests under way, counted for each origin.
 #[derive(Debug)]
@@ -140,8 +141,15 @@ impl Answer {
         }
     }
 
-    /// The whole body, if it is not longer than `max` bytes.
-    pub(crate) async fn collect(mut self, max: u64) -> Result<Bytes, SourceError> {
+    /// The whole body, if it is not longer than `max` bytes and does not come slower than [`MIN_RATE`].
+    pub(crate) async fn collect(self, max: u64) -> Result<Bytes, SourceError> {
+        let bound = self.idle + Duration::from_secs(max / MIN_RATE);
+        let url = self.url.clone();
+        let all = tokio::time::timeout(bound, self.collect_unbounded(max)).await;
+        all.unwrap_or_else(|_| Err(timed_out(&url, "not the whole body", bound)))
+    }
+
+    async fn collect_unbounded(mut self, max: u64) -> Result<Bytes, SourceError> {
         let too_long = |url: &Url| {
             let message = format!("{} gave more than {max} bytes", shown(url));
             SourceError::new(ErrorKind::Malformed, message).with_retry(Retry::Never)
@@ -210,6 +218,9 @@ fn location(answer: &Answer) -> Result<Url, SourceError> {
         (_, "https") | ("http", "http") => {}
         ("https", "http") => return Err(bad("plain http, which is not followed from https")),
         _ => return Err(bad("an address that is not http")),
+    }
+    if inward::redirects(&answer.url, &next) {
+        return Err(bad("this machine or its link, where it is not itself"));
     }
     // The client would make credentials of it.
     let _ = (next.set_username(""), next.set_password(None));

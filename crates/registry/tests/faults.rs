@@ -153,6 +153,15 @@ async fn faults_have_their_kinds() {
 }
 
 #[tokio::test]
+async fn a_body_that_dribbles_has_its_bound() {
+    let server = Server::start(|_| Reply::new(500).body(vec![b' '; 50_000]).dribble(Duration::from_millis(100))).await;
+    let repository = repository(&server, Credential::Anonymous);
+    let asked = read(&repository, 0, 3);
+    let error = tokio::time::timeout(Duration::from_secs(30), asked).await.expect("an hour and a half").unwrap_err();
+    assert_eq!(error.kind, ErrorKind::Unavailable);
+}
+
+#[tokio::test]
 async fn nobody_there_is_unavailable() {
     let server = Server::start(|_| Reply::new(500)).await;
     let repository = repository(&server, Credential::Anonymous);

@@ -1,9 +1,10 @@
 //! File content of layers: spans from the registry, decompressed, verified chunk by chunk, kept in memory for a while.
 
-use std::collections::{BTreeMap, BTreeSet};
+use std::collections::{BTreeMap, BTreeSet, HashMap};
 use std::hash::{BuildHasher, RandomState};
 use std::ops::Range;
-use std::sync::{Arc, Mutex, MutexGuard, PoisonError};
+use std::sync::{Arc, Mutex, MutexGuard, PoisonError, Weak};
+use std::time::Duration;
 
 use bytes::{Bytes, BytesMut};
 use futures::TryStreamExt;
@@ -14,6 +15,7 @@ use millstream_toc::pack::unpack;
 use millstream_toc::read::Chunk;
 use millstream_toc::span::{SpanError, SpanExtractor};
 use millstream_toc::{BlobRange, DataRange, FormatError, Toc};
+use tokio::sync::{OwnedSemaphorePermit, Semaphore};
 
 use crate::ServeError;
 use crate::blob::{ChannelReader, channel, pump};
@@ -27,16 +29,21 @@ pub struct ContentOptions {
     pub toc_cache: u64,
     /// For verified chunks.
     pub chunk_cache: u64,
-    /// A TOC that is larger than this (canonical form) is not read.
+    /// A TOC that is larger than this (canonical form) is not read; all that are in use have at most this and
+    /// `toc_cache` together.
     pub max_toc: u64,
 }
 
 impl Default for ContentOptions {
     fn default() -> Self {
-        Self { toc_cache: 128 << 20, chunk_cache: 128 << 20, max_toc: 1 << 30 }
+        Self { toc_cache: 128 << 20, chunk_cache: 128 << 20, max_toc: 512 << 20 }
     }
 }
 
+/// TOCs that are unpacked at a time.
+const LOADS_AT_ONCE: usize = 2;
+/// How long a request waits for its turn to unpack a TOC.
+const LOAD_PATIENCE: Duration = Duration::from_secs(30);
 /// How often a random chunk is drawn until one is found that is not a hole.
 const DRAWS: u64 = 64;
 
@@ -45,7 +52,30 @@ pub(crate) struct Content {
     store: Store,
     options: ContentOptions,
     tocs: Mutex<Bounded<Digest, Arc<Toc>>>,
+    /// TOCs in use, also those that are too large to be kept.
+    in_use: Mutex<HashMap<Digest, Weak<Toc>>>,
+    /// Places for unpacking, which takes a few times the TOC's own memory.
+    loads: Semaphore,
+    /// KiB of memory for TOCs: each holds its own for as long as anybody uses it.
+    memory: Arc<Semaphore>,
     chunks: Arc<ChunkCache>,
+}
+
+/// A TOC with its share of the memory.
+struct Held {
+    bytes: Vec<u8>,
+    _memory: OwnedSemaphorePermit,
+}
+
+impl AsRef<[u8]> for Held {
+    fn as_ref(&self) -> &[u8] {
+        &self.bytes
+    }
+}
+
+/// Bytes as KiB, rounded up, as far as a semaphore counts.
+fn kib(bytes: u64) -> u32 {
+    u32::try_from(bytes.div_ceil(1024)).unwrap_or(u32::MAX >> 3)
 }
 
 type ChunkCache = Mutex<Bounded<(Digest, ChunkIx), Bytes>>;
@@ -54,14 +84,32 @@ impl Content {
     pub(crate) fn new(store: Store, options: ContentOptions) -> Self {
         let tocs = Mutex::new(Bounded::new(options.toc_cache));
         let chunks = Arc::new(Mutex::new(Bounded::new(options.chunk_cache)));
-        Self { store, options, tocs, chunks }
+        let memory = kib(options.toc_cache.saturating_add(options.max_toc));
+        let memory = Arc::new(Semaphore::new(usize::try_from(memory).unwrap_or(usize::MAX)));
+        let loads = Semaphore::new(LOADS_AT_ONCE);
+        Self { store, options, tocs, in_use: Mutex::default(), loads, memory, chunks }
     }
 
     /// The TOC of `blob`.
     pub(crate) async fn toc(&self, blob: &Digest) -> Result<Arc<Toc>, ServeError> {
-        if let Some(toc) = lock(&self.tocs).get(blob) {
+        if let Some(toc) = self.known_toc(blob) {
             return Ok(toc);
         }
+        let exhausted = |_| ServeError::Exhausted { what: "tables of contents to unpack", limit: LOADS_AT_ONCE };
+        let _load = tokio::time::timeout(LOAD_PATIENCE, self.loads.acquire()).await.map_err(exhausted)?;
+        // Whoever waited may find it loaded.
+        match self.known_toc(blob) {
+            Some(toc) => Ok(toc),
+            None => self.load_toc(blob).await,
+        }
+    }
+
+    fn known_toc(&self, blob: &Digest) -> Option<Arc<Toc>> {
+        let kept = lock(&self.tocs).get(blob);
+        kept.or_else(|| lock(&self.in_use).get(blob).and_then(Weak::upgrade))
+    }
+
+    async fn load_toc(&self, blob: &Digest) -> Result<Arc<Toc>, ServeError> {
         let mut pieces =
             self.store.toc(blob).await?.ok_or_else(|| ServeError::NotImported { image: blob.to_string() })?;
         let mut packed = BytesMut::new();
@@ -72,12 +120,27 @@ impl Content {
             }
         }
         let max = self.options.max_toc;
-        let toc = blocking(move || unpack(&packed, max).and_then(Toc::open)).await?.map_err(toc_error(blob))?;
+        let bytes = blocking(move || unpack(&packed, max)).await?.map_err(toc_error(blob))?;
+        let needed = kib(bytes.len() as u64);
+        // Held to the end, so that two who unpacked the same one share one of them.
+        let mut in_use = lock(&self.in_use);
+        if let Some(toc) = in_use.get(blob).and_then(Weak::upgrade) {
+            return Ok(toc);
+        }
+        let memory = Arc::clone(&self.memory).try_acquire_many_owned(needed).map_err(|_| ServeError::Exhausted {
+            what: "bytes of tables of contents in use",
+            limit: usize::try_from(self.options.toc_cache.saturating_add(max)).unwrap_or(usize::MAX),
+        })?;
+        let toc = Toc::open(Held { bytes, _memory: memory }).map_err(toc_error(blob))?;
         if toc.blob_digest() != *blob {
             return Err(toc_error(blob)(FormatError::Damaged { what: "it is of another layer" }));
         }
         let toc = Arc::new(toc);
-        lock(&self.tocs).insert(*blob, Arc::clone(&toc), toc.as_bytes().len() as u64);
+        in_use.retain(|_, toc| toc.strong_count() > 0);
+        in_use.insert(*blob, Arc::downgrade(&toc));
+        drop(in_use);
+        // As the semaphore counts it, so that what is kept never takes more of it than `toc_cache`.
+        lock(&self.tocs).insert(*blob, Arc::clone(&toc), u64::from(needed) * 1024);
         Ok(toc)
     }
 
@@ -254,7 +317,43 @@ fn lock<T>(mutex: &Mutex<T>) -> MutexGuard<'_, T> {
 
 #[cfg(test)]
 mod tests {
+    use millstream_toc::build::{BuildOptions, Compression, build};
+    use millstream_toc::pack::pack;
+
     use super::*;
+
+    /// The store of a TOC whose size is `limit`, and the digest of its blob.
+    async fn one_toc(directory: &std::path::Path) -> (Store, Digest, u64) {
+        let store = Store::open(directory.to_str().unwrap()).unwrap();
+        let blob = [0; 1024];
+        let toc = build(&blob[..], &BuildOptions::new(Compression::Plain), &mut ()).unwrap().toc;
+        let digest = Digest::of(&blob);
+        store.put_toc(&digest, pack(&toc)).await.unwrap();
+        (store, digest, toc.len() as u64)
+    }
+
+    #[tokio::test]
+    async fn what_is_in_use_is_shared_even_if_it_is_not_kept() {
+        let directory = tempfile::tempdir().unwrap();
+        let (store, blob, size) = one_toc(directory.path()).await;
+        let content = Content::new(store, ContentOptions { toc_cache: 0, chunk_cache: 0, max_toc: size });
+        let (one, two) = tokio::join!(content.toc(&blob), content.toc(&blob));
+        let (one, two) = (one.unwrap(), two.unwrap());
+        assert!(Arc::ptr_eq(&one, &two));
+        assert_eq!(content.memory.available_permits(), 0, "there is memory for one");
+        drop((one, two));
+        assert_eq!(content.memory.available_permits(), 1, "and it is given back");
+        content.toc(&blob).await.unwrap();
+    }
+
+    #[tokio::test]
+    async fn memory_for_tocs_is_bounded() {
+        let directory = tempfile::tempdir().unwrap();
+        let (store, blob, size) = one_toc(directory.path()).await;
+        let content = Content::new(store, ContentOptions { toc_cache: 0, chunk_cache: 0, max_toc: size });
+        let _all = content.memory.try_acquire().unwrap();
+        assert!(matches!(content.toc(&blob).await, Err(ServeError::Exhausted { .. })));
+    }
 
     #[test]
     fn runs_are_consecutive() {

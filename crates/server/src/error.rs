@@ -7,7 +7,7 @@ use tonic::{Code, Status};
 
 use crate::store::StoreError;
 
-/// Why a request failed. The text is what the caller sees.
+/// Why a request failed. The text is what the caller sees, but for [`ServeError::Store`].
 #[derive(Debug, thiserror::Error)]
 pub enum ServeError {
     /// The image (or one of its layers) was never imported for this repository.
@@ -130,7 +130,12 @@ impl ServeError {
 
 impl From<ServeError> for Status {
     fn from(error: ServeError) -> Self {
-        Self::new(error.code(), error.to_string())
+        let text = match &error {
+            // Names paths of this machine.
+            ServeError::Store(_) => "the server's object store failed; hint: see the server's log".to_owned(),
+            _ => error.to_string(),
+        };
+        Self::new(error.code(), text)
     }
 }
 

@@ -209,13 +209,17 @@ impl Importer {
     /// Uses the TOC that is there, if this repository proves that it has the blob.
     async fn adopt(&self, repository: &Arc<Repository>, layer: &WantedLayer) -> Result<bool, ServeError> {
         let Some(record) = self.store.layer(&layer.digest).await? else { return Ok(false) };
-        layer.compare(record.diff_id, record.size)?;
-        match self.content.toc(&layer.digest).await {
-            Ok(toc) => self.content.prove(&toc, &**repository).await,
+        let proven = match self.content.toc(&layer.digest).await {
+            Ok(toc) => self.content.prove(&toc, &**repository).await?,
             // Made anew: the registry has all that is needed.
-            Err(ServeError::Toc { .. } | ServeError::NotImported { .. }) => Ok(false),
-            Err(error) => Err(error),
+            Err(ServeError::Toc { .. } | ServeError::NotImported { .. }) => false,
+            Err(error) => return Err(error),
+        };
+        if proven {
+            // Only now: the error tells size and diff ID of the blob.
+            layer.compare(record.diff_id, record.size)?;
         }
+        Ok(proven)
     }
 
     fn layer_lock(&self, digest: &Digest) -> Arc<tokio::sync::Mutex<()>> {

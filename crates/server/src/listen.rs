@@ -18,6 +18,8 @@ const MAX_REQUEST: usize = 1 << 20;
 const HANDSHAKE: Duration = Duration::from_secs(10);
 /// Silence after which a connection is tried, and the time for its answer.
 const KEEPALIVE: (Duration, Duration) = (Duration::from_secs(30), Duration::from_secs(20));
+/// Time from the first byte of a request to the beginning of its answer.
+const REQUEST: Duration = Duration::from_secs(120);
 /// Time that requests under way have once the server shuts down.
 const GRACE: Duration = Duration::from_secs(20);
 
@@ -129,8 +131,10 @@ impl Listener {
     ) -> Result<(), ListenError> {
         let (health, health_service) = tonic_health::server::health_reporter();
         health.set_serving::<ImagesServer<ImagesService>>().await;
-        let mut server =
-            Server::builder().http2_keepalive_interval(Some(KEEPALIVE.0)).http2_keepalive_timeout(Some(KEEPALIVE.1));
+        let mut server = Server::builder()
+            .http2_keepalive_interval(Some(KEEPALIVE.0))
+            .http2_keepalive_timeout(Some(KEEPALIVE.1))
+            .timeout(REQUEST);
         if let Some(tls) = self.tls {
             server = server.tls_config(tls)?;
         }

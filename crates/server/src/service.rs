@@ -30,6 +30,8 @@ const TOC_PIECE: usize = 1 << 20;
 const CONTENT_PIECE: usize = 1 << 20;
 /// Bytes of content that one request holds in memory.
 const CONTENT_AT_ONCE: u64 = 4 << 20;
+/// Time for reading that much, whatever the registry does meanwhile.
+const READ_DEADLINE: Duration = Duration::from_secs(300);
 /// Bytes that one request may ask for.
 const MAX_READ: u64 = 16 << 20;
 /// Spans that one request may ask for.
@@ -122,7 +124,7 @@ impl Images for ImagesService {
     async fn import(&self, request: Request<v1::ImportRequest>) -> Result<Response<Self::ImportStream>, Status> {
         let peer = peer(&request);
         let request = request.into_inner();
-        let span = info_span!("import", { names::IMAGE } = %request.image);
+        let span = info_span!("import", { names::IMAGE } = %shown(&request.image));
         Inner::import(Arc::clone(&self.inner), peer, request)
             .instrument(span.clone())
             .await
@@ -148,7 +150,7 @@ impl Images for ImagesService {
         let span = info_span!(
             "get_windows",
             { names::IMAGE } = image_field(request.scope.as_ref()),
-            { names::LAYER } = %request.layer,
+            { names::LAYER } = %shown(&request.layer),
             first_span = request.first_span,
             end_span = request.end_span,
         );
@@ -164,8 +166,8 @@ impl Images for ImagesService {
         let span = info_span!(
             "read_file",
             { names::IMAGE } = image_field(request.scope.as_ref()),
-            { names::LAYER } = %request.layer,
-            { names::PATH } = %String::from_utf8_lossy(&request.path),
+            { names::LAYER } = %shown(&request.layer),
+            { names::PATH } = %shown(&String::from_utf8_lossy(&request.path)),
             { names::OFFSET } = request.offset,
             { names::SIZE } = request.size,
         );
@@ -181,7 +183,7 @@ impl Images for ImagesService {
         let span = info_span!(
             "read_data",
             { names::IMAGE } = image_field(request.scope.as_ref()),
-            { names::LAYER } = %request.layer,
+            { names::LAYER } = %shown(&request.layer),
             { names::OFFSET } = request.offset,
             { names::SIZE } = request.size,
         );
@@ -200,7 +202,7 @@ impl Inner {
     ) -> Result<Response<Reply<v1::ImportProgress>>, ServeError> {
         let permit = self.limits.admit(peer)?;
         let image = ImageRef::parse(&request.image).map_err(|error| ServeError::Invalid { what: error.to_string() })?;
-        self.check_registry(&image)?;
+        self.check_registry(&image, peer)?;
         let repository = Arc::new(self.registry.repository(&image, credential(request.credential)));
         let platform = platform(request.platform);
         let import = self.importer.admit()?;
@@ -229,7 +231,7 @@ impl Inner {
         request: v1::GetImageRequest,
     ) -> Result<Response<Reply<v1::GetImageResponse>>, ServeError> {
         let permit = self.limits.admit(peer)?;
-        let caller = self.authorise(request.scope).await?;
+        let caller = self.authorise(peer, request.scope).await?;
         let image = match self.image(&caller).await {
             Err(error @ ServeError::NotImported { .. }) => {
                 self.import_on_demand(caller);
@@ -237,6 +239,7 @@ impl Inner {
             }
             other => other?,
         };
+        let known: HashSet<String> = request.known_layers.into_iter().collect();
         let mut layers = Vec::with_capacity(image.layers.len());
         let mut to_send: Vec<Digest> = Vec::new();
         for layer in &image.layers {
@@ -246,8 +249,8 @@ impl Inner {
                 Err(ServeError::NotEligible { reason, .. }) => layer_message(layer, Err(reason)),
                 Err(error) => return Err(error),
             });
-            let known = request.known_layers.iter().any(|known| *known == layer.digest.to_string());
-            if layer.ineligible.is_none() && !known && !to_send.contains(&layer.digest) {
+            let is_known = known.contains(&layer.digest.to_string());
+            if layer.ineligible.is_none() && !is_known && !to_send.contains(&layer.digest) {
                 to_send.push(layer.digest);
             }
         }
@@ -292,7 +295,7 @@ impl Inner {
         request: v1::GetWindowsRequest,
     ) -> Result<Response<Reply<v1::GetWindowsResponse>>, ServeError> {
         let permit = self.limits.admit(peer)?;
-        let caller = self.authorise(request.scope).await?;
+        let caller = self.authorise(peer, request.scope).await?;
         let (layer, record) = self.layer(&caller, &request.layer).await?;
         let (first, end) = (request.first_span, request.end_span);
         if first >= end || end > record.spans || end - first > MAX_SPANS {
@@ -322,7 +325,7 @@ impl Inner {
     ) -> Result<Response<Reply<v1::ReadFileResponse>>, ServeError> {
         let permit = self.limits.admit(peer)?;
         check_size(request.size)?;
-        let caller = self.authorise(request.scope).await?;
+        let caller = self.authorise(peer, request.scope).await?;
         let (layer, _) = self.layer(&caller, &request.layer).await?;
         let toc = self.content.toc(&layer).await?;
         let file = file_data(&toc, &request.path)?;
@@ -338,7 +341,7 @@ impl Inner {
     ) -> Result<Response<Reply<v1::ReadFileResponse>>, ServeError> {
         let permit = self.limits.admit(peer)?;
         check_size(request.size)?;
-        let caller = self.authorise(request.scope).await?;
+        let caller = self.authorise(peer, request.scope).await?;
         let (layer, _) = self.layer(&caller, &request.layer).await?;
         let toc = self.content.toc(&layer).await?;
         let end = toc.data_size();
@@ -358,7 +361,9 @@ impl Inner {
             let mut at = range.start;
             while at < range.end {
                 let part = DataRange::new(at, range.end.min(at + CONTENT_AT_ONCE));
-                let bytes = self.content.read(&toc, &*repository, part).await?;
+                let read = self.content.read(&toc, &*repository, part);
+                let timed_out = |_| ServeError::TimedOut { what: "reading from the registry" };
+                let bytes = tokio::time::timeout(READ_DEADLINE, read).await.map_err(timed_out)??;
                 for piece in bytes.chunks(CONTENT_PIECE) {
                     answer.send(v1::ReadFileResponse { data: piece.to_vec() }).await?;
                 }
@@ -369,7 +374,7 @@ impl Inner {
     }
 
     /// Checks the caller's right to read at the registry, with its own credential.
-    async fn authorise(&self, scope: Option<v1::Scope>) -> Result<Caller, ServeError> {
+    async fn authorise(&self, peer: Option<IpAddr>, scope: Option<v1::Scope>) -> Result<Caller, ServeError> {
         let invalid = |what: String| ServeError::Invalid { what };
         let scope = scope.ok_or_else(|| invalid("the request has no scope".to_owned()))?;
         let digest: ManifestDigest = scope
@@ -377,7 +382,7 @@ impl Inner {
             .parse()
             .map_err(|error| invalid(format!("manifest digest {:?}: {error}", scope.manifest_digest)))?;
         let image = ImageRef::parse(&scope.repository).map_err(|error| invalid(error.to_string()))?.with_digest(digest);
-        self.check_registry(&image)?;
+        self.check_registry(&image, peer)?;
         let credential = credential(scope.credential);
         let key = AccessKey { repository: image.name(), manifest: digest, credential: Fingerprint::of(&credential) };
         let repository = Arc::new(self.registry.repository(&image, credential));
@@ -385,9 +390,8 @@ impl Inner {
         Ok(Caller { image, digest, repository, platform: platform(scope.platform) })
     }
 
-    fn check_registry(&self, image: &ImageRef) -> Result<(), ServeError> {
-        let allowed = &self.allowed_registries;
-        if allowed.is_empty() || allowed.iter().any(|host| host == image.registry()) {
+    fn check_registry(&self, image: &ImageRef, peer: Option<IpAddr>) -> Result<(), ServeError> {
+        if may_name(&self.allowed_registries, image.registry(), peer) {
             return Ok(());
         }
         let message = format!("this server does not serve images of registry {}", image.registry());
@@ -470,6 +474,36 @@ impl Drop for OnDemand<'_> {
     }
 }
 
+/// Whether a caller at `peer` (`None`: in this process) may name `registry`. Where nothing is `allowed` by name, everything is
+/// but this machine's own loopback to callers on other machines: it is none of theirs, and what listens there may trust us.
+fn may_name(allowed: &[String], registry: &str, peer: Option<IpAddr>) -> bool {
+    if !allowed.is_empty() {
+        return allowed.iter().any(|host| host == registry);
+    }
+    let name = registry.split(':').next().unwrap_or_default().to_ascii_lowercase();
+    let is_here = match name.parse::<IpAddr>() {
+        Ok(address) => address.is_loopback() || address.is_unspecified(),
+        // `127.1` and `0x7f000001` are addresses to whoever connects: nobody means well who writes one like that.
+        Err(_) => {
+            let last = name.rsplit('.').next().unwrap_or_default();
+            let is_number = last.starts_with("0x") || last.bytes().all(|byte| byte.is_ascii_digit());
+            name == "localhost" || name.ends_with(".localhost") || is_number
+        }
+    };
+    !is_here || peer.is_none_or(|peer| peer.to_canonical().is_loopback())
+}
+
+/// A caller's text for the log: escaped, so that it cannot pretend to be lines of its own, and of bounded length.
+fn shown(text: &str) -> String {
+    const SHOWN: usize = 300;
+    let short = text.char_indices().nth(SHOWN).map_or(text, |(end, _)| &text[..end]);
+    let mut shown: String = short.escape_debug().collect();
+    if short.len() < text.len() {
+        shown.push('…');
+    }
+    shown
+}
+
 fn refused(span: &Span, error: ServeError) -> Status {
     span.in_scope(|| failure(error))
 }
@@ -479,7 +513,7 @@ fn peer<T>(request: &Request<T>) -> Option<IpAddr> {
 }
 
 fn image_field(scope: Option<&v1::Scope>) -> String {
-    scope.map(|scope| format!("{}@{}", scope.repository, scope.manifest_digest)).unwrap_or_default()
+    scope.map(|scope| format!("{}@{}", shown(&scope.repository), shown(&scope.manifest_digest))).unwrap_or_default()
 }
 
 fn check_size(size: u64) -> Result<(), ServeError> {
@@ -492,9 +526,9 @@ fn check_size(size: u64) -> Result<(), ServeError> {
 /// The content of the regular file at `path`.
 fn file_data(toc: &Toc, path: &[u8]) -> Result<DataRange, ServeError> {
     let layer = toc.blob_digest();
-    let shown = String::from_utf8_lossy(path);
+    let shown = shown(&String::from_utf8_lossy(path));
     let inode = toc.lookup_path(path).map_err(toc_error(&layer))?;
-    let inode = inode.ok_or_else(|| ServeError::NotFound { what: format!("layer {layer} has no file {shown:?}") })?;
+    let inode = inode.ok_or_else(|| ServeError::NotFound { what: format!("layer {layer} has no file \"{shown}\"") })?;
     let inode = toc.inode(inode).map_err(toc_error(&layer))?;
     let kind = match inode.kind() {
         Kind::Regular => return toc.file_data(&inode).map_err(toc_error(&layer)),
@@ -503,5 +537,45 @@ fn file_data(toc: &Toc, path: &[u8]) -> Result<DataRange, ServeError> {
         Kind::CharDevice | Kind::BlockDevice => "a device",
         Kind::Fifo => "a named pipe",
     };
-    Err(ServeError::Invalid { what: format!("{shown:?} in layer {layer} is {kind}, not a regular file") })
+    Err(ServeError::Invalid { what: format!("\"{shown}\" in layer {layer} is {kind}, not a regular file") })
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn loopback_is_for_callers_on_this_machine() {
+        let (near, mapped) = ([127, 0, 0, 1].into(), "::ffff:127.0.0.1".parse().unwrap());
+        let far: IpAddr = [10, 0, 0, 7].into();
+        for registry in [
+            "localhost",
+            "localhost:5000",
+            "LocalHost:1",
+            "a.localhost",
+            "127.0.0.1:5000",
+            "127.9.9.9",
+            "127.1:80",
+            "2130706433:80",
+            "127.0.0.0x1",
+            "0.0.0.0:80",
+        ] {
+            assert!(!may_name(&[], registry, Some(far)), "{registry}");
+            for peer in [None, Some(near), Some(mapped)] {
+                assert!(may_name(&[], registry, peer), "{registry} {peer:?}");
+            }
+            assert!(may_name(&[registry.to_owned()], registry, Some(far)), "named by whoever runs the server");
+        }
+        for registry in ["docker.io", "localhost.example:5000", "10.0.0.1:5000"] {
+            assert!(may_name(&[], registry, Some(far)), "{registry}");
+            assert!(!may_name(&["ghcr.io".to_owned()], registry, None), "{registry}");
+        }
+    }
+
+    #[test]
+    fn callers_texts_cannot_fill_or_forge_the_log() {
+        assert_eq!(shown("a/b\n2026 INFO all is well\u{1b}[2J"), "a/b\\n2026 INFO all is well\\u{1b}[2J");
+        let long = shown(&"ä".repeat(1 << 20));
+        assert_eq!(long.chars().count(), 301);
+    }
 }

@@ -187,6 +187,8 @@ impl Default for LogSettings {
 const MAX_REQUESTS: usize = 400;
 /// Each image that is imported holds up to this many layers' blocking threads.
 const MAX_IMPORTS: usize = 16;
+/// Connections to one registry beside those of imports.
+const CONNECTIONS_BESIDE_IMPORTS: usize = 32;
 /// What a person revokes must stop working soon.
 const MAX_REMEMBER: Duration = Duration::from_secs(600);
 
@@ -239,7 +241,11 @@ impl Settings {
 
     /// How registries are reached.
     pub(crate) fn registry_options(&self) -> RegistryOptions {
-        RegistryOptions { hosts_dir: self.registry.hosts_dir.clone(), ..RegistryOptions::default() }
+        // A transfer for an import holds its connection for as long as a builder needs: callers' questions must not wait for it.
+        let max_connections_per_host =
+            self.service_options().import.builders.saturating_add(CONNECTIONS_BESIDE_IMPORTS);
+        let hosts_dir = self.registry.hosts_dir.clone();
+        RegistryOptions { hosts_dir, max_connections_per_host, ..RegistryOptions::default() }
     }
 
     /// What the service may use.

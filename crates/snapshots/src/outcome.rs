@@ -152,17 +152,23 @@ pub fn decide_image(inputs: &ImageInputs) -> ImageDecision {
     }
 }
 
-/// What makes every layer ineligible, apart from the server.
-fn refusal(inputs: &ImageInputs) -> Option<Reason> {
-    if !inputs.streaming {
+/// What makes an image ineligible before anybody is asked: streaming is switched off on this node, or what is needed to know
+/// the image is `missing` (in words).
+#[must_use]
+pub fn precondition(streaming: bool, missing: Option<&str>) -> Option<Reason> {
+    if !streaming {
         let text = "streaming is switched off on this node; hint: millstream streaming on";
         return Some(Reason::new("node.streaming-off", text));
     }
-    if let Some(missing) = &inputs.missing {
-        return Some(Reason::new(
-            "labels.missing",
-            format!("{missing}; hint: set disable_snapshot_annotations = false in containerd's configuration"),
-        ));
+    let missing = missing?;
+    let hint = "hint: set disable_snapshot_annotations = false in containerd's configuration";
+    Some(Reason::new("labels.missing", format!("{missing}; {hint}")))
+}
+
+/// What makes every layer ineligible, apart from the server.
+fn refusal(inputs: &ImageInputs) -> Option<Reason> {
+    if let Some(reason) = precondition(inputs.streaming, inputs.missing.as_deref()) {
+        return Some(reason);
     }
     match &inputs.probe {
         Answer::Got(()) => {}
@@ -233,6 +239,8 @@ fn server_reason(kind: ErrorKind, message: &str) -> Reason {
         ErrorKind::Unavailable => ("server.unreachable", "; hint: does millstream-server run at server.address?"),
         ErrorKind::Local => ("node.local", "; hint: see the log of millstreamd"),
     };
+    // The server knows better than we do what helps.
+    let hint = if message.contains("hint:") { "" } else { hint };
     Reason::new(code, format!("{message}{hint}"))
 }
 

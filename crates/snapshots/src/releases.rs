@@ -28,7 +28,7 @@ pub(crate) struct Log {
 }
 
 impl Releases {
-    /// The point to compare with later. Taken before a decision begins.
+    /// The point to compare with later. Taken before a decision begins. Blocks while a release or a record is written.
     pub(crate) fn mark(&self) -> Mark {
         Mark(self.lock().count)
     }

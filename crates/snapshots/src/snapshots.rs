@@ -331,9 +331,14 @@ impl Snapshots {
     ) -> Result<Option<String>, Error> {
         let below = chain.first();
         let parent = below.map(|(name, _)| name.clone()).unwrap_or_default();
-        let known = {
+        let (known, mark) = {
             let (target, namespace) = (target.to_owned(), namespace.to_owned());
-            self.blocking(move |shared| shared.existing(&target, &parent, Some(&namespace))).await?
+            // The mark is taken here because its lock is held while others write to the database.
+            let look = move |shared: &Shared| {
+                let mark = shared.releases.mark();
+                Ok((shared.existing(&target, &parent, Some(&namespace))?, mark))
+            };
+            self.blocking(look).await?
         };
         if known.is_some() {
             return Ok(known);
@@ -352,7 +357,6 @@ impl Snapshots {
                 backing: record.backing,
             }),
         };
-        let mark = self.0.releases.mark();
         let decided = timeout(self.0.options.decide_deadline, self.0.images.decide(&request)).await;
         let decided = decided.unwrap_or_else(|_| {
             let text = "the decision whether the image can be lazy took too long; hint: millstream explain IMAGE";
@@ -551,7 +555,7 @@ fn recover(metadata: &Metadata, disk: &Disk) -> Result<BTreeMap<u64, Damage>, Er
     })
 }
 
-/// The one log line about a layer that could have been skipped.
+/// The one log line about a layer that could have been skipped. (A field named `message` would be the line's own text.)
 fn report(request: &PrepareRequest, outcome: &PrepareOutcome) {
     let image = request.labels.get("containerd.io/snapshot/cri.image-ref").map(String::as_str).unwrap_or_default();
     let target = request.target.to_string();
@@ -560,20 +564,14 @@ fn report(request: &PrepareRequest, outcome: &PrepareOutcome) {
             tracing::info!(image, target, %layer, outcome = outcome.name(), "a layer need not be unpacked");
         }
         PrepareOutcome::Deferred { reason } => {
-            tracing::info!(
-                image,
-                target,
-                code = reason.code,
-                message = reason.message,
-                "a layer is left to containerd"
-            );
+            tracing::info!(image, target, code = reason.code, reason = reason.message, "a layer is left to containerd");
         }
         PrepareOutcome::Failed { reason } => {
             tracing::error!(
                 image,
                 target,
                 code = reason.code,
-                message = reason.message,
+                reason = reason.message,
                 "a layer is left to containerd"
             );
         }

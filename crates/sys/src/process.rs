@@ -21,6 +21,19 @@ pub fn spawn_with(mut command: Command, passed: &[BorrowedFd<'_>]) -> io::Result
     for fd in passed {
         sources.push(rustix::io::fcntl_dupfd_cloexec(fd, base)?);
     }
+    // What `spawn` opens for itself (the pipe over which the child reports why it could not start) must not get one of the
+    // numbers that the child then overwrites: each that is free now is taken until the child runs.
+    let mut placeholders = Vec::new();
+    if let Some(any) = passed.first() {
+        loop {
+            let placeholder = rustix::io::fcntl_dupfd_cloexec(any, FIRST_PASSED)?;
+            let above = placeholder.as_raw_fd() >= base;
+            placeholders.push(placeholder);
+            if above {
+                break;
+            }
+        }
+    }
     let numbers: Vec<RawFd> = sources.iter().map(AsRawFd::as_raw_fd).collect();
     let supervisor = std::process::id();
     // SAFETY: between fork and exec only dup2(2), sigprocmask(2), prctl(2), getppid(2) and _exit(2) are called, all async-signal-safe; the
@@ -50,7 +63,7 @@ pub fn spawn_with(mut command: Command, passed: &[BorrowedFd<'_>]) -> io::Result
         });
     }
     let child = command.spawn();
-    drop(sources);
+    drop((sources, placeholders));
     child
 }
 
@@ -98,6 +111,15 @@ mod tests {
         })
         .join()
         .unwrap();
+    }
+
+    #[test]
+    fn a_program_that_cannot_be_started_is_an_error_whatever_numbers_are_free() {
+        let (a, _b) = std::io::pipe().unwrap();
+        // More than are open here, so that some number that the child overwrites would be free.
+        let passed = vec![a.as_fd(); 200];
+        let error = spawn_with(Command::new("/nonexistent/program"), &passed).unwrap_err();
+        assert_eq!(error.kind(), io::ErrorKind::NotFound);
     }
 
     #[test]

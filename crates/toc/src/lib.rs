@@ -13,4 +13,4 @@ pub use format::{CHUNK_SIZE, DATA_ALIGN, FormatError};
 pub use pack::{pack, unpack};
 pub use range::{BlobRange, DataRange, FileRange, TarRange};
 pub use read::{Chunk, Span, Toc};
-pub use span::{SpanError, SpanExtractor};
+pub use span::{Edge, SpanError, SpanExtractor};

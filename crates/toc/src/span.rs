@@ -126,8 +126,8 @@ impl<'t> SpanExtractor<'t> {
     }
 
     /// Takes the next compressed bytes, the first ones from `span.blob.start` on. Calls `each` for every chunk that
-    /// becomes complete, ascending. Chunks that began before the first span are left out, and so are those that lie in
-    /// holes altogether. Where the last span ends makes no difference: bytes may be given up to the end of the blob.
+    /// becomes complete, ascending. Chunks that began before the first span are left out ([`SpanExtractor::take_front`]
+    /// has the rest of the one), and so are those that lie in holes altogether. Where the last span ends makes no difference: bytes may be given up to the end of the blob.
     ///
     /// # Errors
     /// [`SpanError`]; chunks given out before are good, further calls fail.

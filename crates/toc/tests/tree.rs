@@ -7,8 +7,21 @@ use archive::{
     Entry, archive as tar_of, build_entries, build_gzip, build_plain, device, dir, entry, file, gzip, hard_link,
     sparse, symlink,
 };
+use millstream_toc::build::{Budget, BuildOptions, build};
 use millstream_toc::format::Kind;
 use millstream_toc::{BuildError, Ineligible, Toc};
+
+#[test]
+fn one_directory_named_again_and_again_has_its_budget() {
+    let options = |max_entries| BuildOptions {
+        budget: Budget { max_entries, ..Budget::default() },
+        ..BuildOptions::new(millstream_toc::Compression::Plain)
+    };
+    let tar = tar_of(&vec![dir("d/"); 8]);
+    build(&tar[..], &options(8), &mut ()).unwrap();
+    let refused = build(&tar[..], &options(7), &mut ());
+    assert!(matches!(refused, Err(BuildError::Ineligible { reason: Ineligible::Budget { .. } })), "{refused:?}");
+}
 
 /// The tree, one line per name: path, kind, mode, owner, mark of implied and opaque directories; whiteouts as `w`.
 fn listing(toc: &Toc) -> Vec<String> {

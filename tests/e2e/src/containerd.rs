@@ -229,7 +229,6 @@ fn proxy_plugin(options: &ContainerdOptions) -> String {
 [proxy_plugins.{MILLSTREAM}]
   type = "snapshot"
   address = "{socket}"
-  capabilities = ["remap-ids"]
   [proxy_plugins.{MILLSTREAM}.exports]
     root = "{root}"
     enable_remote_snapshot_annotations = "true"

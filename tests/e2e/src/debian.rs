@@ -19,6 +19,8 @@ const PACKAGES: &str = "iputils-ping";
 pub const DAC_OVERRIDE: [u8; 20] = [1, 0, 0, 2, 2, 0, 0, 0, 0, 0, 0, 0, 0, 0, 0, 0, 0, 0, 0, 0];
 /// A copy of `cat` that may read every file, by a file capability.
 pub const READER: &str = "usr/local/bin/read-all";
+/// A copy of `id` with set-user-id.
+pub const ROOT_ID: &str = "usr/local/bin/root-id";
 
 /// A base system with set-user-id programs and with file capabilities, in one gzip layer, and a small one above it.
 ///
@@ -28,6 +30,7 @@ pub const READER: &str = "usr/local/bin/read-all";
 pub fn image() -> Result<Image> {
     let tree = tree()?;
     let reader = std::fs::read(tree.join("bin/cat")).context("reading the base system's cat")?;
+    let id = std::fs::read(tree.join("usr/bin/id")).context("reading the base system's id")?;
     let above = vec![
         Entry::directory("etc"),
         Entry::directory("root").mode(0o700),
@@ -38,6 +41,7 @@ pub fn image() -> Result<Image> {
         Entry::file("etc/resolv.conf", ""),
         Entry::file("etc/hostname", ""),
         Entry::file("root/secret", "only root may read this\n").mode(0o600),
+        Entry::file(ROOT_ID, id).mode(0o4755),
         Entry::file(READER, reader).mode(0o755).xattr("security.capability", DAC_OVERRIDE),
     ];
     let base = entries_of(&tree)?;

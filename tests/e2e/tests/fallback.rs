@@ -186,7 +186,10 @@ fn switching_streaming_off_is_for_new_images_only_and_can_be_undone() {
     let first = stage.publish("first", &small().unwrap()).unwrap();
     let other = |text: &str| {
         let data = vec![Entry::directory("data"), Entry::file("data/hello", text)];
-        Image::new().layer(data, Packing::Gzip).layer(shell().unwrap(), Packing::Gzip).command(&["/bin/cat", "/data/hello"])
+        Image::new()
+            .layer(data, Packing::Gzip)
+            .layer(shell().unwrap(), Packing::Gzip)
+            .command(&["/bin/cat", "/data/hello"])
     };
     let second = stage.publish("second", &other("second\n")).unwrap();
     let third = stage.publish("third", &other("third\n")).unwrap();

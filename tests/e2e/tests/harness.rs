@@ -9,7 +9,7 @@ use std::time::{Duration, Instant};
 use millstream_e2e::containerd::{Containerd, ContainerdOptions, Snapshotter, Version};
 use millstream_e2e::cri::{ContainerSpec, Cri};
 use millstream_e2e::image::{self, Image, ImageInfo, MediaTypes};
-use millstream_e2e::layer::{Entry, Packing, entries_of};
+use millstream_e2e::layer::{Entry, Packing, entries_of, noise};
 use millstream_e2e::link::{Link, LinkOptions, PROGRAM};
 use millstream_e2e::need::{self, CONTAINERS, Need};
 use millstream_e2e::process::eventually;
@@ -294,14 +294,7 @@ fn the_line_is_as_slow_as_it_says_and_counts_what_passes() {
     let options = RegistryOptions { address: behind, tls: None, login: None };
     let registry = Registry::start_behind(&work, options, public, &link).unwrap();
     let layout = work.dir("layout").unwrap();
-    let mut noise = 1_u32;
-    let content: Vec<u8> = std::iter::repeat_with(|| {
-        noise = noise.wrapping_mul(1_664_525).wrapping_add(1_013_904_223);
-        noise.to_be_bytes()[0]
-    })
-    .take(8 << 20)
-    .collect();
-    let image = Image::new().layer(vec![Entry::file("noise", content)], Packing::Gzip);
+    let image = Image::new().layer(vec![Entry::file("noise", noise(1, 8 << 20))], Packing::Gzip);
     let blob = image.write(&layout, "noise").unwrap().layers[0].size;
     let (traffic, started) = (link.traffic().unwrap(), Instant::now());
     registry.push(&layout, "noise", "noise:1").unwrap();

@@ -5,7 +5,7 @@
 use std::time::Duration;
 
 use millstream_e2e::containerd::{Containerd, Version};
-use millstream_e2e::cri::{ContainerSpec, Cri};
+use millstream_e2e::cri::{ContainerSpec, Cri, Pod};
 use millstream_e2e::daemons::Node;
 use millstream_e2e::image::{Image, shell, small};
 use millstream_e2e::layer::{Entry, Packing, noise};
@@ -41,19 +41,22 @@ fn runs_lazily_by_cri_and_then_without_anybody(version: Version, transfer: bool)
     assert_eq!(cri.run(&pod, "default", &default, DEADLINE).unwrap(), "hello from the middle layer\n");
     assert_lazy(&stage, &node, &image);
 
+    let lazily = read_all(&cri, &pod, &image, "all");
+
     node.set_hydration(true).unwrap();
     await_verified(&node, &image).unwrap();
     let requests = stage.layer_requests(&image).unwrap();
     assert!(requests.iter().all(|request| request.status == 206), "{requests:?}");
     stage.go_dark().unwrap();
     assert_eq!(cri.run(&pod, "dark", &default, DEADLINE).unwrap(), "hello from the middle layer\n");
-    assert_eq!(read_all(&cri, &pod, &image).lines().count(), 1);
+    assert_eq!(read_all(&cri, &pod, &image, "all-in-the-dark"), lazily);
 }
 
-fn read_all(cri: &Cri, pod: &millstream_e2e::cri::Pod, image: &Pushed) -> String {
+/// A digest of all files that a container sees.
+fn read_all(cri: &Cri, pod: &Pod, image: &Pushed, name: &str) -> String {
     let command = &["/bin/sh", "-c", READ_ALL];
     let spec = ContainerSpec { image: &image.reference, command, ..ContainerSpec::default() };
-    cri.run(pod, "all", &spec, DEADLINE).unwrap()
+    cri.run(pod, name, &spec, DEADLINE).unwrap()
 }
 
 #[test]
@@ -89,9 +92,8 @@ fn containerd_2_by_ctr_pulls_lazily_and_needs_nobody_when_hydrated() {
     stage.count_from_now().unwrap();
     containerd.ctr_pull("default", &image.reference).unwrap();
     assert_lazy(&stage, &node, &image);
-    let run = |id: &str, command: &[&str]| {
-        containerd.ctr_run(&stage.work, "default", &image.reference, id, command).unwrap()
-    };
+    let run =
+        |id: &str, command: &[&str]| containerd.ctr_run(&stage.work, "default", &image.reference, id, command).unwrap();
     assert_eq!(run("one", &["/bin/cat", "/data/hello"]), "hello from the middle layer\n");
     assert_lazy(&stage, &node, &image);
     let lazily = run("all", &["/bin/sh", "-c", READ_ALL]);
@@ -99,9 +101,8 @@ fn containerd_2_by_ctr_pulls_lazily_and_needs_nobody_when_hydrated() {
     node.set_hydration(true).unwrap();
     await_verified(&node, &image).unwrap();
     stage.go_dark().unwrap();
-    let run = |id: &str, command: &[&str]| {
-        containerd.ctr_run(&stage.work, "default", &image.reference, id, command).unwrap()
-    };
+    let run =
+        |id: &str, command: &[&str]| containerd.ctr_run(&stage.work, "default", &image.reference, id, command).unwrap();
     assert_eq!(run("dark", &["/bin/sh", "-c", READ_ALL]), lazily);
 }
 
@@ -138,9 +139,8 @@ fn eight_readers_of_a_cold_file_cost_the_registry_one_transfer() {
     let requests = stage.layer_requests(&image).unwrap();
     let received: u64 =
         requests.iter().filter(|request| request.path.ends_with(&blob.digest)).map(|request| request.bytes).sum();
-    // One transfer, not eight. A request begins with the span of a mebibyte that the one before it ended in, where a chunk
-    // lies across the border; read-ahead makes requests of eight spans, and of four after that.
-    assert!(received <= blob.size / 2 * 3, "{received} bytes of a blob of {}: {requests:?}", blob.size);
+    // One transfer, not eight; a little more because requests of neighbouring spans share a byte.
+    assert!(received <= blob.size / 10 * 11, "{received} bytes of a blob of {}: {requests:?}", blob.size);
     assert!(received >= blob.size, "{received} bytes of a blob of {}", blob.size);
 }
 

@@ -50,11 +50,8 @@ impl Comparison {
 
     /// Starts a container of a pulled image that runs `sleep`, and compares its root with the oracle's.
     fn assert_equal(&self, image: &Pushed, name: &str) {
-        let spec = ContainerSpec {
-            image: &image.reference,
-            command: &["/bin/sleep", "1000"],
-            ..ContainerSpec::default()
-        };
+        let spec =
+            ContainerSpec { image: &image.reference, command: &["/bin/sleep", "1000"], ..ContainerSpec::default() };
         let container = self.cri.create(&self.pod, name, &spec).unwrap();
         self.cri.start(&container).unwrap();
         let ours = self.containerd.rootfs("k8s.io", &container.id);
@@ -281,11 +278,8 @@ fn layers_that_must_be_unpacked_over_lazy_ones_are_equal() {
             .layer(to_be_changed(), Packing::Gzip)
     };
     // A hard link to a file of a lower layer is legal for containerd, which copies nothing up for it: only the layer itself.
-    let links = vec![
-        Entry::directory("cross"),
-        Entry::file("cross/a", "a"),
-        Entry::hard_link("cross/to-lower", "links/a"),
-    ];
+    let links =
+        vec![Entry::directory("cross"), Entry::file("cross/a", "a"), Entry::hard_link("cross/to-lower", "links/a")];
     for (name, above) in [
         ("zstd", below().layer(changes(), Packing::Zstd).layer(changes_of_changes(), Packing::Gzip)),
         ("link", below().layer(links, Packing::Gzip)),

@@ -1,12 +1,15 @@
-//! A small HTTP server that misbehaves on demand and remembers what it was asked.
+//! A small HTTP server that misbehaves on demand and remembers what it was asked, in the clear or over TLS.
+#![allow(dead_code, reason = "each test program uses a part")]
 
 use std::net::SocketAddr;
 use std::sync::{Arc, Mutex};
 use std::time::Duration;
 
-use tokio::io::{AsyncReadExt, AsyncWriteExt};
-use tokio::net::{TcpListener, TcpStream};
+use tokio::io::{AsyncRead, AsyncReadExt, AsyncWrite, AsyncWriteExt};
+use tokio::net::TcpListener;
 use tokio::task::JoinHandle;
+use tokio_rustls::TlsAcceptor;
+use tokio_rustls::rustls::ServerConfig;
 
 /// A request as it arrived.
 #[derive(Debug, Clone)]
@@ -41,12 +44,14 @@ pub struct Reply {
     cut: Option<usize>,
     /// Bytes of the body to send before falling silent.
     stall: Option<usize>,
+    /// Pause before each single byte of the body.
+    dribble: Option<Duration>,
     length: bool,
 }
 
 impl Reply {
     pub fn new(status: u16) -> Self {
-        Self { status, headers: Vec::new(), body: Vec::new(), cut: None, stall: None, length: true }
+        Self { status, headers: Vec::new(), body: Vec::new(), cut: None, stall: None, dribble: None, length: true }
     }
 
     pub fn header(mut self, name: &str, value: impl Into<String>) -> Self {
@@ -68,6 +73,12 @@ impl Reply {
     /// Falls silent after so many bytes.
     pub fn stall(mut self, after: usize) -> Self {
         self.stall = Some(after);
+        self
+    }
+
+    /// Sends one byte at a time, with a pause before each.
+    pub fn dribble(mut self, pause: Duration) -> Self {
+        self.dribble = Some(pause);
         self
     }
 
@@ -102,13 +113,32 @@ pub struct Server {
 
 impl Server {
     pub async fn start(behaviour: impl Fn(&Seen) -> Reply + Send + Sync + 'static) -> Self {
+        Self::listen(None, Arc::new(behaviour)).await
+    }
+
+    /// The same over TLS.
+    pub async fn start_tls(tls: ServerConfig, behaviour: impl Fn(&Seen) -> Reply + Send + Sync + 'static) -> Self {
+        Self::listen(Some(TlsAcceptor::from(Arc::new(tls))), Arc::new(behaviour)).await
+    }
+
+    async fn listen(tls: Option<TlsAcceptor>, behaviour: Arc<Behaviour>) -> Self {
         let listener = TcpListener::bind("127.0.0.1:0").await.unwrap();
         let address = listener.local_addr().unwrap();
         let seen = Arc::new(Mutex::new(Vec::new()));
-        let (behaviour, log): (Arc<Behaviour>, _) = (Arc::new(behaviour), Arc::clone(&seen));
+        let log = Arc::clone(&seen);
         let task = tokio::spawn(async move {
             while let Ok((stream, _)) = listener.accept().await {
-                tokio::spawn(serve(stream, Arc::clone(&behaviour), Arc::clone(&log)));
+                let (tls, behaviour, log) = (tls.clone(), Arc::clone(&behaviour), Arc::clone(&log));
+                tokio::spawn(async move {
+                    match tls {
+                        None => serve(stream, behaviour, log).await,
+                        Some(tls) => {
+                            // A client that does not like the certificate goes away here.
+                            let Ok(stream) = tls.accept(stream).await else { return };
+                            serve(stream, behaviour, log).await;
+                        }
+                    }
+                });
             }
         });
         Self { address, seen, task }
@@ -117,6 +147,11 @@ impl Server {
     /// `127.0.0.1:port`.
     pub fn authority(&self) -> String {
         self.address.to_string()
+    }
+
+    /// `https://localhost:port` and `path`.
+    pub fn tls_url(&self, path: &str) -> String {
+        format!("https://localhost:{}{path}", self.address.port())
     }
 
     /// `http://127.0.0.1:port` and `path`.
@@ -136,7 +171,7 @@ impl Drop for Server {
     }
 }
 
-async fn serve(mut stream: TcpStream, behaviour: Arc<Behaviour>, log: Arc<Mutex<Vec<Seen>>>) {
+async fn serve(mut stream: impl AsyncRead + AsyncWrite + Unpin, behaviour: Arc<Behaviour>, log: Arc<Mutex<Vec<Seen>>>) {
     let mut buffer = Vec::new();
     loop {
         let head = loop {
@@ -163,8 +198,16 @@ async fn serve(mut stream: TcpStream, behaviour: Arc<Behaviour>, log: Arc<Mutex<
         text.push_str("\r\n");
         let body = if seen.method == "HEAD" { &[][..] } else { &reply.body };
         let sent = reply.cut.or(reply.stall).unwrap_or(body.len()).min(body.len());
-        if stream.write_all(text.as_bytes()).await.is_err() || stream.write_all(&body[..sent]).await.is_err() {
+        if stream.write_all(text.as_bytes()).await.is_err() {
             return;
+        }
+        for piece in body[..sent].chunks(if reply.dribble.is_some() { 1 } else { usize::MAX }) {
+            if let Some(pause) = reply.dribble {
+                tokio::time::sleep(pause).await;
+            }
+            if stream.write_all(piece).await.is_err() {
+                return;
+            }
         }
         if reply.stall.is_some() {
             tokio::time::sleep(Duration::from_secs(60)).await;

@@ -279,6 +279,14 @@ async fn a_known_toc_needs_proof_of_the_blob() {
     let fair = scope(&format!("{}/team/app", registry.host()), manifest);
     server.image(&fair, &[]).await.unwrap();
 
+    // Nor does the refusal tell what the blob is like.
+    let mut forged = sample_layers();
+    forged[0].diff_id = Digest::of(b"a guess");
+    push(&registry, "team/app", "forged", &forged);
+    let refused = server.import(&format!("{name}:forged"), None).await.unwrap_err();
+    assert_eq!(refused.code(), Code::DataLoss);
+    assert!(!refused.message().contains(&layers[0].diff_id.to_string()), "{refused}");
+
     // And an honest second repository is served from the TOCs that are there.
     let twin = Gate::start(registry.port, None);
     let name = format!("{}/team/app", twin.host());

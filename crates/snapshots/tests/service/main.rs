@@ -1,7 +1,7 @@
 //! The service over a unix socket, with real mounts: what containerd's own suite for snapshotters checks, the remote
 //! contract, and what a crash leaves behind.
 
-#![allow(clippy::unwrap_used, reason = "tests")]
+#![allow(clippy::unwrap_used, clippy::expect_used, reason = "tests")]
 
 mod harness;
 mod recovery;

@@ -184,6 +184,10 @@ impl<'b> Tree<'b> {
         }
         self.set_attributes(node, member)?;
         if member.kind == MemberKind::Directory {
+            // One directory may be named again and again, which makes neither a file nor a name.
+            if self.directories.len() as u64 >= self.budget.max_entries {
+                return Err(BuildError::over("directories", self.budget.max_entries));
+            }
             let name = clean(&member.name);
             let text = self.store_text(&name)?;
             self.directories.push((text, len_u32(&name), bound_time(member.mtime)));

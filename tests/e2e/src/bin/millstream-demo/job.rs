@@ -90,8 +90,7 @@ pub(crate) fn run(stage: &mut Stage, kind: Kind) -> Result<Measured> {
             _ => {}
         }
     }
-    let mut node =
-        kind.hydration().map(|hydration| Node::start(&stage.work, &stage.node(hydration))).transpose()?;
+    let mut node = kind.hydration().map(|hydration| Node::start(&stage.work, &stage.node(hydration))).transpose()?;
     let options = ContainerdOptions {
         version: kind.version(),
         snapshotter: node.as_ref().map_or(Snapshotter::Overlayfs, Node::snapshotter),
