@@ -31,7 +31,10 @@ impl Control {
     fn layer_status(&self, layer: &Layer, images: Vec<String>) -> wire::LayerStatus {
         let digest = layer.digest();
         let (state, reason) = match layer.state() {
-            LayerState::Lazy => (wire::layer_status::State::Lazy, String::new()),
+            LayerState::Lazy => {
+                let progress = self.images.fetcher.progress(&digest);
+                (wire::layer_status::State::Lazy, progress.and_then(|progress| progress.last_error).unwrap_or_default())
+            }
             LayerState::Verified => (wire::layer_status::State::Verified, String::new()),
             LayerState::Quarantined { reason } => (wire::layer_status::State::Quarantined, reason),
         };

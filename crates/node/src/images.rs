@@ -26,6 +26,8 @@ use crate::views::Views;
 /// How long after its last use one decision serves the following `Prepare`s of the same pull: unpacking one layer may lie
 /// between them. The right to read is proven again afterwards.
 const PLAN_LIFE: Duration = Duration::from_secs(60);
+/// No decision serves longer than this, however often it is used.
+const PLAN_AGE: Duration = Duration::from_secs(600);
 /// A `Prepare` of the bottom layer begins a pull, and a decision of its own; unless one was made just now, for another client
 /// of the same image.
 const PLAN_SHARED: Duration = Duration::from_secs(2);
@@ -104,7 +106,9 @@ impl NodeImages {
         let cell = {
             let now = Instant::now();
             let mut plans = self.plans.lock().unwrap_or_else(PoisonError::into_inner);
-            plans.retain(|_, slot| now.duration_since(slot.used) < PLAN_LIFE);
+            plans.retain(|_, slot| {
+                now.duration_since(slot.used) < PLAN_LIFE && now.duration_since(slot.made) < PLAN_AGE
+            });
             if bottom && plans.get(&key).is_some_and(|slot| now.duration_since(slot.made) >= PLAN_SHARED) {
                 plans.remove(&key);
             }
