@@ -6,7 +6,9 @@
 #   web-image.sh OUT
 set -eu
 
-out=$1
+mkdir -p "$1"
+# Whole, as the kernel's table of mounts has it.
+out=$(CDPATH='' cd -- "$1" && pwd -P)
 suite=bookworm
 work=$out/.work
 
@@ -18,6 +20,8 @@ cleanup() {
 }
 trap cleanup EXIT INT TERM
 
+# An earlier run may have been killed in the middle.
+cleanup
 rm -rf "$out"
 mkdir -p "$work/archives"
 

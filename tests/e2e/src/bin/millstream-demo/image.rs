@@ -24,11 +24,9 @@ pub(crate) fn layout(dir: &Path) -> Result<PathBuf> {
         return Ok(layout);
     }
     say("making the image from Debian packages (once, some minutes)");
-    for old in ["layout", "trees"] {
-        match std::fs::remove_dir_all(dir.join(old)) {
-            Err(error) if error.kind() != std::io::ErrorKind::NotFound => return Err(error.into()),
-            _ => {}
-        }
+    match std::fs::remove_dir_all(&layout) {
+        Err(error) if error.kind() != std::io::ErrorKind::NotFound => return Err(error.into()),
+        _ => {}
     }
     let trees = dir.join("trees");
     let script_file = Path::new(env!("CARGO_MANIFEST_DIR")).join("../demo/web-image.sh");

@@ -6,6 +6,7 @@ mod report;
 mod stage;
 
 use std::path::PathBuf;
+use std::process::ExitCode;
 
 use anyhow::{Context as _, Result, ensure};
 use clap::Parser;
@@ -26,8 +27,17 @@ struct Arguments {
     containerd2: bool,
 }
 
-fn main() -> Result<()> {
-    let arguments = Arguments::parse();
+fn main() -> ExitCode {
+    match run(&Arguments::parse()) {
+        Ok(()) => ExitCode::SUCCESS,
+        Err(error) => {
+            eprintln!("millstream-demo: {error:#}");
+            ExitCode::FAILURE
+        }
+    }
+}
+
+fn run(arguments: &Arguments) -> Result<()> {
     let needs = [Need::Program("mmdebstrap"), Need::Product("millstreamd"), Need::Product("millstream-server")];
     for need in CONTAINERS.iter().chain(&needs) {
         ensure!(need.is_met(), "missing: {need:?}; hint: run `make demo`, as root");
@@ -38,7 +48,9 @@ fn main() -> Result<()> {
         kinds.extend(job::Kind::BENCH);
     }
     std::fs::create_dir_all(&arguments.dir).with_context(|| format!("making {}", arguments.dir.display()))?;
-    let layout = image::layout(&arguments.dir)?;
+    // Mount options and commands elsewhere need whole paths.
+    let dir = arguments.dir.canonicalize().with_context(|| format!("finding {}", arguments.dir.display()))?;
+    let layout = image::layout(&dir)?;
     let mut stage = stage::Stage::set(&layout)?;
     let import = stage.import()?;
     let mut results = report::Results::new(stage.image_bytes(&layout)?, import);
@@ -50,7 +62,7 @@ fn main() -> Result<()> {
         }
     }
     println!("\n{}", results.table());
-    let summary = arguments.dir.join("summary.json");
+    let summary = dir.join("summary.json");
     std::fs::write(&summary, results.json()?).with_context(|| format!("writing {}", summary.display()))?;
     println!("The same as JSON: {}", summary.display());
     Ok(())
