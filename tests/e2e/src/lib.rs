@@ -17,4 +17,5 @@ pub mod spoil;
 pub mod stage;
 mod sweep;
 pub mod tree;
+pub mod web;
 pub mod workdir;

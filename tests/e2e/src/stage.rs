@@ -2,7 +2,7 @@
 
 use std::io::Write as _;
 use std::net::SocketAddr;
-use std::path::PathBuf;
+use std::path::{Path, PathBuf};
 use std::process::{Command, Stdio};
 use std::time::Duration;
 
@@ -159,6 +159,18 @@ impl Stage {
         let info = image.write(&self.layout, name)?;
         self.registry()?.push(&self.layout, name, &format!("{name}:1"))?;
         Ok(Pushed { reference: format!("{}/{name}:1", self.host()?), info })
+    }
+
+    /// Puts an image that a layout has under `tag` into the registry, as `name:1`, and imports it.
+    ///
+    /// # Errors
+    ///
+    /// If either fails.
+    pub fn publish_layout(&self, name: &str, layout: &Path, tag: &str, info: ImageInfo) -> Result<Pushed> {
+        self.registry()?.push(layout, tag, &format!("{name}:1"))?;
+        let pushed = Pushed { reference: format!("{}/{name}:1", self.host()?), info };
+        self.import(&pushed)?;
+        Ok(pushed)
     }
 
     /// Has the server import an image, by the command line, and returns what that printed.

@@ -138,10 +138,13 @@ fn measure(stage: &Stage, cri: &Cri, pod: &millstream_e2e::cri::Pod, node: Optio
     let ready = started.elapsed();
     let after = stage.link.traffic()?;
     let demanded = transferred(node)? - transferred_before;
+    let link_bytes = after.received_bytes - before.received_bytes;
+    // What Millstream counts is what crossed the link, but for headers, manifests and the application's own.
+    ensure!(demanded <= link_bytes, "Millstream counts {demanded} bytes, the link saw only {link_bytes}");
     let mut measured = Measured {
         pull,
         ready,
-        link_bytes: after.received_bytes - before.received_bytes,
+        link_bytes,
         demanded,
         pull_requests: (of_pull.len() as u64, ours),
         hydrated: None,

@@ -1,6 +1,5 @@
 //! The main job on real input: one stock containerd pulls one image and runs it, the ordinary way and lazily.
 
-mod image;
 mod job;
 mod report;
 mod stage;
@@ -11,6 +10,7 @@ use std::process::ExitCode;
 use anyhow::{Context as _, Result, ensure};
 use clap::Parser;
 use millstream_e2e::need::{CONTAINERS, Need};
+use millstream_e2e::web;
 
 /// Pulls and runs an image of some hundred megabytes over a slow link: on overlayfs, on Millstream, and on Millstream with
 /// background downloads held back. Needs root.
@@ -38,7 +38,7 @@ fn main() -> ExitCode {
 }
 
 fn run(arguments: &Arguments) -> Result<()> {
-    let needs = [Need::Program("mmdebstrap"), Need::Product("millstreamd"), Need::Product("millstream-server")];
+    let needs = [Need::Program(web::PROGRAM), Need::Product("millstreamd"), Need::Product("millstream-server")];
     for need in CONTAINERS.iter().chain(&needs) {
         ensure!(need.is_met(), "missing: {need:?}; hint: run `make demo`, as root");
     }
@@ -50,10 +50,10 @@ fn run(arguments: &Arguments) -> Result<()> {
     std::fs::create_dir_all(&arguments.dir).with_context(|| format!("making {}", arguments.dir.display()))?;
     // Mount options and commands elsewhere need whole paths.
     let dir = arguments.dir.canonicalize().with_context(|| format!("finding {}", arguments.dir.display()))?;
-    let layout = image::layout(&dir)?;
+    let layout = web::layout(&dir)?;
     let mut stage = stage::Stage::set(&layout)?;
     let import = stage.import()?;
-    let mut results = report::Results::new(stage.image_bytes(&layout)?, import);
+    let mut results = report::Results::new(web::info(&layout)?.layers.iter().map(|layer| layer.size).sum(), import);
     for round in 0..arguments.rounds {
         // Interleaved, and the first one of a round changes: a busy machine must not favour one of them.
         let first = round as usize % kinds.len();

@@ -11,10 +11,10 @@ use millstream_e2e::link::{FAR, Link, LinkOptions};
 use millstream_e2e::need::product;
 use millstream_e2e::process::output;
 use millstream_e2e::registry::{Registry, RegistryOptions, Tls, free_address};
+use millstream_e2e::web;
 use millstream_e2e::workdir::Workdir;
-use serde_json::Value;
 
-use crate::{image, say};
+use crate::say;
 
 const REGISTRY_PORT: u16 = 5000;
 const SERVER_PORT: u16 = 7900;
@@ -40,7 +40,7 @@ impl Stage {
         let inner = free_address()?;
         let options = RegistryOptions { address: inner, tls: None, login: None };
         let registry = Registry::start(&work, options.clone())?;
-        registry.push(layout, image::TAG, "demo/web:1")?;
+        registry.push(layout, web::TAG, "demo/web:1")?;
         registry.push(layout, "pause", "demo/pause:1")?;
         registry.stop()?;
 
@@ -82,22 +82,6 @@ impl Stage {
         let text = output(&mut command)?;
         ensure!(!text.contains("cannot be streamed"), "the import left layers out:\n{text}");
         Ok(started.elapsed())
-    }
-
-    /// Compressed bytes of the image's layers.
-    pub(crate) fn image_bytes(&self, layout: &Path) -> Result<u64> {
-        let read = |path: &Path| -> Result<Value> { Ok(serde_json::from_slice(&std::fs::read(path)?)?) };
-        let index = read(&layout.join("index.json"))?;
-        let manifest = index["manifests"]
-            .as_array()
-            .and_then(|all| {
-                all.iter().find(|one| one["annotations"]["org.opencontainers.image.ref.name"] == image::TAG)
-            })
-            .and_then(|one| one["digest"].as_str()?.strip_prefix("sha256:"))
-            .context("the layout has no image")?;
-        let manifest = read(&layout.join("blobs/sha256").join(manifest))?;
-        let sizes = manifest["layers"].as_array().into_iter().flatten().filter_map(|layer| layer["size"].as_u64());
-        Ok(sizes.sum())
     }
 
     /// Settings of millstreamd.
