@@ -193,11 +193,8 @@ impl NodeImages {
         known: Option<ImageRecord>,
     ) -> Result<(ImageRecord, Vec<Vec<u8>>), SourceError> {
         if let Some(record) = &known
-            && record
-                .layers
-                .iter()
-                .filter(|layer| layer.ineligible.is_none())
-                .all(|layer| self.usable(&layer.digest).is_some())
+            // What could not be lazy once may be so now: another server, another table. Only the server knows.
+            && record.layers.iter().all(|layer| layer.ineligible.is_none() && self.usable(&layer.digest).is_some())
         {
             return Ok((record.clone(), Vec::new()));
         }
