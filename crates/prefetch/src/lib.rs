@@ -19,7 +19,7 @@ mod rebuild;
 mod windows;
 
 pub use attached::ImageSources;
-pub use counters::Counters;
+pub use counters::{Counters, Queues};
 pub use fetcher::{FetchEvents, Fetcher};
 pub use hydrate::{HydrationState, Progress};
 pub use options::{FetchOptions, Jitter, RandomJitter};

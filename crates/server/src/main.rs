@@ -2,32 +2,20 @@
 
 mod options;
 
-use std::path::PathBuf;
 use std::process::ExitCode;
 
 use anyhow::Context;
 use clap::Parser;
 use millstream_registry::Registry;
 use millstream_server::{ImagesService, Listener, Store};
+use millstream_settings::arguments::ServerArguments;
 use millstream_settings::server::Settings;
 use millstream_settings::{LogFormat, LogSettings};
 use tokio::signal::unix::{SignalKind, signal};
 use tracing_subscriber::EnvFilter;
 
-/// Makes and serves tables of contents of container images, so that containers start before their image has arrived.
-#[derive(Debug, Parser)]
-#[command(version)]
-struct Arguments {
-    /// Settings file (TOML).
-    #[arg(long, value_name = "FILE")]
-    config: PathBuf,
-    /// Check the settings file and exit.
-    #[arg(long)]
-    check_config: bool,
-}
-
 fn main() -> ExitCode {
-    match start(&Arguments::parse()) {
+    match start(&ServerArguments::parse()) {
         Ok(()) => ExitCode::SUCCESS,
         Err(error) => {
             eprintln!("millstream-server: {error:#}");
@@ -36,7 +24,7 @@ fn main() -> ExitCode {
     }
 }
 
-fn start(arguments: &Arguments) -> anyhow::Result<()> {
+fn start(arguments: &ServerArguments) -> anyhow::Result<()> {
     let settings: Settings = millstream_settings::read(&arguments.config)?;
     if arguments.check_config {
         println!("{}: settings are fine", arguments.config.display());

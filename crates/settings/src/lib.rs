@@ -1,6 +1,7 @@
 #![doc = include_str!("../README.md")]
 
 pub mod amount;
+pub mod arguments;
 pub mod error;
 pub mod log;
 pub mod node;
