@@ -8,6 +8,7 @@ pub mod garbage;
 pub mod images;
 pub mod labels;
 pub mod make_local;
+pub mod metrics;
 pub mod origin;
 pub mod server_client;
 pub mod supervisor;

@@ -6,7 +6,7 @@ use std::time::Duration;
 
 use serde::{Deserialize, Serialize};
 
-use crate::{LogSettings, Schema, SettingsError, amount};
+use crate::{LogSettings, MetricsSettings, Schema, SettingsError, amount};
 
 /// Everything that can be set.
 #[derive(Debug, Clone, PartialEq, Deserialize, Serialize)]
@@ -30,6 +30,8 @@ pub struct Settings {
     pub cache: CacheSettings,
     /// What is logged.
     pub log: LogSettings,
+    /// Where metrics and probes are shown.
+    pub metrics: MetricsSettings,
 }
 
 /// `[tls]`: PEM files.
@@ -121,6 +123,7 @@ impl Default for Settings {
             import: ImportSettings::default(),
             cache: CacheSettings::default(),
             log: LogSettings::default(),
+            metrics: MetricsSettings::default(),
         }
     }
 }
