@@ -17,9 +17,10 @@ use millstream_e2e::image::{Blob, Image};
 use millstream_e2e::need::Need;
 use millstream_e2e::stage::{Pushed, Stage, can_be_set};
 use millstream_e2e::tree::{Contents, Tree};
+use millstream_e2e::view::View;
 use millstream_wire::millstream::v1::decision::Outcome;
 use sha2::{Digest as _, Sha256};
-use table::{Canary, Expect, Media, Row};
+use table::{Canary, Expect, Media, Place, Row};
 
 /// One image that is made of a row.
 struct Case {
@@ -52,9 +53,12 @@ fn blob(bytes: &[u8], media: Media, tar: &[u8]) -> Blob {
 fn images_of(row: &Row) -> Vec<(String, Expect, Image)> {
     let base = table::base();
     let layer = || blob(&row.blob, row.media, &row.tar);
-    let over = Image::new().blob(blob(&base, Media::Plain, &base)).blob(layer());
-    let mut images = vec![(format!("{}, over a layer", row.name), row.over_base.unwrap_or(row.expect), over)];
-    if row.alone {
+    let mut images = Vec::new();
+    if row.place != Place::Alone {
+        let image = Image::new().blob(blob(&base, Media::Plain, &base)).blob(layer());
+        images.push((format!("{}, over a layer", row.name), row.over_base.unwrap_or(row.expect), image));
+    }
+    if row.place != Place::OverBase {
         images.push((row.name.clone(), row.expect, Image::new().blob(layer())));
     }
     images
@@ -62,20 +66,15 @@ fn images_of(row: &Row) -> Vec<(String, Expect, Image)> {
 
 /// Pulls every image and reads what comes of it.
 fn unpack_all(containerd: &Containerd, cri: &Cri, mounts: &Path, cases: &[Case]) -> Vec<Made> {
-    let unpack = |(number, case): (usize, &Case)| -> Made {
-        let text = |error: anyhow::Error| format!("{error:#}");
-        cri.pull(&case.image.reference, None).map_err(text)?;
-        let at = mounts.join(number.to_string());
-        std::fs::create_dir_all(&at).map_err(|error| error.to_string())?;
-        let (target, snapshotter) = (at.display().to_string(), containerd.snapshotter());
-        let mount = ["image", "mount", "--snapshotter", snapshotter, &case.image.reference, &target];
-        containerd.ctr("k8s.io", &mount).map_err(text)?;
-        let tree = Tree::read(&at).map_err(text)?;
-        let contents = Contents::read(&at, &tree, 7).map_err(text)?;
-        rustix::mount::unmount(&at, rustix::mount::UnmountFlags::empty()).map_err(|error| error.to_string())?;
+    let unpack = |(number, case): (usize, &Case)| {
+        cri.pull(&case.image.reference, None)?;
+        let view = View::mount(containerd, "k8s.io", &case.image.info, &mounts.join(number.to_string()))?;
+        let tree = Tree::read(view.root())?;
+        let contents = Contents::read(view.root(), &tree, 7)?;
         Ok(Unpacked { tree, contents })
     };
-    cases.iter().enumerate().map(unpack).collect()
+    let text = |error: anyhow::Error| format!("{error:#}");
+    cases.iter().enumerate().map(|case| unpack(case).map_err(text)).collect()
 }
 
 /// How two trees differ, but for the time of directories that no layer describes: containerd gives them that of unpacking, which

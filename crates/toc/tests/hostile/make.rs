@@ -2,7 +2,7 @@
 
 use std::ops::Range;
 
-use super::{Expect, Media, Row};
+use super::{Expect, Media, Place, Row};
 
 pub const NAME: Range<usize> = 0..100;
 pub const MODE: Range<usize> = 100..108;
@@ -187,7 +187,7 @@ pub fn row(name: &str, expect: Expect, members: &[Member]) -> Row {
 
 /// A row of this archive, uncompressed.
 pub fn raw_row(name: &str, expect: Expect, tar: Vec<u8>) -> Row {
-    Row { name: name.to_owned(), expect, over_base: None, alone: true, media: Media::Plain, blob: tar.clone(), tar }
+    Row { name: name.to_owned(), expect, over_base: None, place: Place::OverBase, media: Media::Plain, blob: tar.clone(), tar }
 }
 
 /// A row of this blob, which should be gzip of `tar`.

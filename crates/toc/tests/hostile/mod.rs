@@ -32,6 +32,17 @@ pub enum Media {
     Gzip,
 }
 
+/// Which images are made of a row.
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+pub enum Place {
+    /// One of this layer only.
+    Alone,
+    /// One of [`base`] and this layer.
+    OverBase,
+    /// Both of them.
+    Both,
+}
+
 /// One archive.
 #[derive(Debug, Clone)]
 pub struct Row {
@@ -39,8 +50,8 @@ pub struct Row {
     pub expect: Expect,
     /// What becomes of it over [`base`], where that is something else.
     pub over_base: Option<Expect>,
-    /// Whether it is worth looking at without a layer below.
-    pub alone: bool,
+    /// Where it is worth looking at.
+    pub place: Place,
     pub media: Media,
     pub blob: Vec<u8>,
     /// What the blob decompresses to, as far as it does: the diff ID is its digest.
@@ -60,15 +71,15 @@ impl Row {
         Self { over_base: Some(expect), ..self }
     }
 
-    /// What has nothing to do with layers below is looked at alone, or over them, but not both.
-    fn only_over_base(self) -> Self {
-        Self { alone: false, ..self }
+    /// What has nothing to do with layers below is looked at in one place only.
+    fn only(self, place: Place) -> Self {
+        Self { place, ..self }
     }
 }
 
 /// All rows.
 pub fn rows(canary: &Canary<'_>) -> Vec<Row> {
-    let of_trees = [names::rows(canary), links::rows(canary), whiteouts::rows()];
+    let of_trees = [names::rows(canary), links::rows(canary), whiteouts::rows()].into_iter().flatten();
     let of_bytes = [
         xattrs::rows(),
         headers::numbers(),
@@ -77,7 +88,7 @@ pub fn rows(canary: &Canary<'_>) -> Vec<Row> {
         headers::ends(),
         packing::rows(),
     ];
-    of_trees.into_iter().flatten().chain(of_bytes.into_iter().flatten().map(Row::only_over_base)).collect()
+    of_trees.map(|row| row.only(Place::Both)).chain(of_bytes.into_iter().flatten()).collect()
 }
 
 /// A layer of names of all sorts for the rows to hide, replace and lead through.
