@@ -102,9 +102,10 @@ pub async fn run(settings: &Settings, inherited: Inheritance) -> anyhow::Result<
     let fetch = FetchOptions {
         slots: settings.fetch.connections,
         read_deadline: settings.fetch.read_deadline,
+        share: settings.fetch.sharing,
         ..FetchOptions::default()
     };
-    let fetcher = Fetcher::new(fetch, Arc::new(Reporter), tokio::runtime::Handle::current());
+    let fetcher = Fetcher::new(Arc::clone(&store), fetch, Arc::new(Reporter), tokio::runtime::Handle::current());
     fetcher.set_hydration(settings.fetch.hydration);
     let layerfs = Arc::new(LayerFs::new());
     let views = Arc::new(Views::new(Arc::clone(&store), Arc::clone(&layerfs), mountpoint(settings)));

@@ -61,6 +61,8 @@ pub struct RegistrySettings {
 pub struct FetchSettings {
     /// Whether images are made wholly local in the background.
     pub hydration: bool,
+    /// Whether content that other images on this node hold is taken over instead of being fetched.
+    pub sharing: bool,
     /// Requests to registries and server under way at once, at least 2; one is kept for readers that wait.
     pub connections: usize,
     /// How long a read may wait for its bytes before it fails with EIO.
@@ -91,7 +93,7 @@ impl Default for RegistrySettings {
 
 impl Default for FetchSettings {
     fn default() -> Self {
-        Self { hydration: true, connections: 8, read_deadline: Duration::from_secs(60) }
+        Self { hydration: true, sharing: true, connections: 8, read_deadline: Duration::from_secs(60) }
     }
 }
 
