@@ -109,6 +109,16 @@ pub trait BuildSink {
         let _ = (chunk, data, digest, bytes);
         Ok(())
     }
+
+    /// The next bytes of the tar that are not stored content of a file: headers, padding, what the tree does not take, the
+    /// end. Together, in order, they are the layer's skeleton; see [`Reassembled`](crate::Reassembled).
+    ///
+    /// # Errors
+    /// Whatever keeps the sink from going on.
+    fn skeleton(&mut self, bytes: &[u8]) -> io::Result<()> {
+        let _ = bytes;
+        Ok(())
+    }
 }
 
 /// The sink that takes nothing.
