@@ -220,6 +220,11 @@ impl Stage {
         format!("http://{}", self.server_options.address)
     }
 
+    /// Directory in the manner of `certs.d` that knows the registry.
+    pub fn certs_d(&self) -> &Path {
+        &self.certs_d
+    }
+
     /// Settings of a node that knows registry and server.
     pub fn node_options(&self) -> NodeOptions {
         NodeOptions::new(&self.server_address(), &self.certs_d)
@@ -253,7 +258,12 @@ impl Stage {
         Containerd::start_as(&self.work, "oracle", options)
     }
 
-    fn containerd_options(
+    /// How [`Stage::containerd`] sets one up.
+    ///
+    /// # Errors
+    ///
+    /// If the registry was stopped.
+    pub fn containerd_options(
         &self,
         version: Version,
         snapshotter: Snapshotter,
