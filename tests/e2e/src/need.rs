@@ -11,6 +11,9 @@ pub const REQUIRE_ALL: &str = "MILLSTREAM_REQUIRE_ALL";
 
 /// The version of containerd 2.x that `tests/tools/install.sh` builds.
 pub const CONTAINERD_2: &str = "2.2.9";
+/// The other releases of containerd, which `tests/tools/install.sh clients` builds: the last of 1.7, of the first line of
+/// 2.x, which has no labels in its transfer service, and the newest.
+pub const CONTAINERDS: [&str; 3] = ["1.7.35", "2.0.14", "2.4.2"];
 
 /// One thing outside of this repository that a test cannot do without.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
@@ -23,6 +26,8 @@ pub enum Need {
     Containerd2,
     /// containerd's own suite for snapshotters, as `tests/tools/install.sh` builds it.
     Conformance,
+    /// One of [`CONTAINERDS`], as `tests/tools/install.sh clients` builds it.
+    Containerd(&'static str),
     /// A program of this project, built in the same profile as the test.
     Product(&'static str),
 }
@@ -33,8 +38,9 @@ impl Need {
         match self {
             Self::Root => rustix::process::geteuid().is_root(),
             Self::Program(name) => program(name).is_some(),
-            Self::Containerd2 => containerd_2_dir().join("containerd").is_file(),
+            Self::Containerd2 => Self::Containerd(CONTAINERD_2).is_met(),
             Self::Conformance => conformance_suite().is_file(),
+            Self::Containerd(release) => containerd_dir(release).join("containerd").is_file(),
             Self::Product(name) => product(name).is_some(),
         }
     }
@@ -45,6 +51,7 @@ impl Need {
             Self::Program(name) => format!("program {name}"),
             Self::Containerd2 => format!("containerd {CONTAINERD_2} (tests/tools/install.sh)"),
             Self::Conformance => "containerd's suite for snapshotters (tests/tools/install.sh)".to_owned(),
+            Self::Containerd(release) => format!("containerd {release} (tests/tools/install.sh clients)"),
             Self::Product(name) => format!("{name} (cargo build --bin {name})"),
         }
     }
@@ -99,17 +106,18 @@ pub fn product(name: &str) -> Option<PathBuf> {
     Some(dir.join(name)).filter(|file| file.is_file())
 }
 
-/// Where `tests/tools/install.sh` puts the programs of containerd 2.x.
-pub fn containerd_2_dir() -> PathBuf {
-    tools().join(format!("containerd-{CONTAINERD_2}/bin"))
+/// Where `tests/tools/install.sh` puts the programs of this release of containerd.
+pub fn containerd_dir(release: &str) -> PathBuf {
+    tools_dir().join(format!("containerd-{release}/bin"))
 }
 
 /// The program that `tests/tools/install.sh` makes of `tests/conformance`.
 pub fn conformance_suite() -> PathBuf {
-    tools().join("conformance.test")
+    tools_dir().join("conformance.test")
 }
 
-fn tools() -> PathBuf {
+/// Where `tests/tools/install.sh` puts what it builds.
+pub fn tools_dir() -> PathBuf {
     let root = Path::new(env!("CARGO_MANIFEST_DIR")).join("../..");
     std::env::var_os("MILLSTREAM_TOOLS").map_or_else(|| root.join("target/tools"), PathBuf::from)
 }

@@ -156,9 +156,18 @@ impl Stage {
     ///
     /// If it cannot be written or pushed.
     pub fn push(&self, name: &str, image: &Image) -> Result<Pushed> {
+        self.push_as(name, image, &format!("{name}:1"))
+    }
+
+    /// Puts an image into the registry under this repository and tag; `name` is what the layout has it under.
+    ///
+    /// # Errors
+    ///
+    /// If it cannot be written or pushed.
+    pub fn push_as(&self, name: &str, image: &Image, name_and_tag: &str) -> Result<Pushed> {
         let info = image.write(&self.layout, name)?;
-        self.registry()?.push(&self.layout, name, &format!("{name}:1"))?;
-        Ok(Pushed { reference: format!("{}/{name}:1", self.host()?), info })
+        self.registry()?.push(&self.layout, name, name_and_tag)?;
+        Ok(Pushed { reference: format!("{}/{name_and_tag}", self.host()?), info })
     }
 
     /// Puts many images into the repository `name`, where each is known by its digest.
@@ -227,6 +236,11 @@ impl Stage {
         format!("http://{}", self.server_options.address)
     }
 
+    /// Directory in the manner of `certs.d` that knows the registry.
+    pub fn certs_d(&self) -> &Path {
+        &self.certs_d
+    }
+
     /// Settings of a node that knows registry and server.
     pub fn node_options(&self) -> NodeOptions {
         NodeOptions::new(&self.server_address(), &self.certs_d)
@@ -267,13 +281,19 @@ impl Stage {
     pub fn oracle_of(&self, version: Version) -> Result<Containerd> {
         let options = self.containerd_options(version, Snapshotter::Overlayfs, false)?;
         let name = match version {
-            Version::V1 => "oracle",
-            Version::V2 => "oracle2",
+            Version::V1 => "oracle".to_owned(),
+            Version::V2 => "oracle2".to_owned(),
+            Version::Release(release) => format!("oracle-{release}"),
         };
-        Containerd::start_as(&self.work, name, options)
+        Containerd::start_as(&self.work, &name, options)
     }
 
-    fn containerd_options(
+    /// How [`Stage::containerd`] sets one up.
+    ///
+    /// # Errors
+    ///
+    /// If the registry was stopped.
+    pub fn containerd_options(
         &self,
         version: Version,
         snapshotter: Snapshotter,
