@@ -55,7 +55,7 @@ fn reassembled(toc: &Toc, halves: &Halves, step: usize) -> io::Result<Vec<u8>> {
 fn every_kind() -> Vec<Entry> {
     vec![
         dir("bin").mode(0o750).owner(1, 2),
-        file("bin/tool", &[7; 70_000]).mode(0o4755).xattr("security.capability", b"\x01\0\0\x02"),
+        file("bin/tool", &[7; 70_000]).mode(0o4755).xattr("security.capability", archive::CAPABILITY),
         hard_link("bin/alias", "bin/tool"),
         symlink("sh", "bin/tool"),
         device("dev/null", b'3', (1, 3)),
