@@ -154,7 +154,7 @@ impl Gathered {
         let counters = fetcher.counters();
         let tables = self.images.origins.server.as_ref().map_or(0, |server| server.metadata_bytes());
         let [local, fetched, failed] = self.reads.each_ref().map(Counter::get);
-        let rows: [Row<'_>; 4] = [
+        let rows: [Row<'_>; 5] = [
             (
                 "fetched",
                 "Bytes received, by what for: compressed bytes of layers for readers, ahead of readers and for hydration, \
@@ -168,6 +168,13 @@ impl Gathered {
                     ("purpose", "content", counters.content_bytes),
                     ("purpose", "table", tables),
                 ],
+            ),
+            (
+                "shared",
+                "Bytes of file content taken over from other layers of this node instead of being fetched.",
+                Some(Unit::Bytes),
+                MetricType::Counter,
+                &[("", "", counters.shared_bytes)],
             ),
             (
                 "reads",

@@ -172,7 +172,8 @@ impl Stage {
         write_index(&layout, "all", &infos)?;
         self.registry()?.push_all(&layout, "all", &format!("{name}:all"))?;
         let host = self.host()?;
-        let pushed = infos.into_iter().map(|info| Pushed { reference: format!("{host}/{name}@{}", info.manifest), info });
+        let pushed =
+            infos.into_iter().map(|info| Pushed { reference: format!("{host}/{name}@{}", info.manifest), info });
         Ok(pushed.collect())
     }
 

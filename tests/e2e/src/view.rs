@@ -61,7 +61,8 @@ impl Drop for View {
 /// Name of the snapshot that all layers make together.
 fn chain_id(image: &ImageInfo) -> String {
     let ids = image.layers.iter().map(|layer| format!("sha256:{}", layer.diff_id));
-    let chained = |below: String, id: String| format!("sha256:{}", hex::encode(Sha256::digest(format!("{below} {id}"))));
+    let chained =
+        |below: String, id: String| format!("sha256:{}", hex::encode(Sha256::digest(format!("{below} {id}"))));
     ids.reduce(chained).unwrap_or_default()
 }
 

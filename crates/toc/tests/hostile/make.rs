@@ -187,7 +187,15 @@ pub fn row(name: &str, expect: Expect, members: &[Member]) -> Row {
 
 /// A row of this archive, uncompressed.
 pub fn raw_row(name: &str, expect: Expect, tar: Vec<u8>) -> Row {
-    Row { name: name.to_owned(), expect, over_base: None, place: Place::OverBase, media: Media::Plain, blob: tar.clone(), tar }
+    Row {
+        name: name.to_owned(),
+        expect,
+        over_base: None,
+        place: Place::OverBase,
+        media: Media::Plain,
+        blob: tar.clone(),
+        tar,
+    }
 }
 
 /// A row of this blob, which should be gzip of `tar`.

@@ -44,11 +44,19 @@ pub fn rows(canary: &Canary<'_>) -> Vec<Row> {
         row("parent that is a file below", Lazy, &[file("f/n", b"1")]),
         row("parent of a parent that is a file below", Lazy, &[file("f/q/n", b"1")]),
         row("parent that is a link to a file below", Lazy, &[file("lf/n", b"1")]),
-        row("parents in a loop", Refused("too many symbolic links"), &[symlink("l", "k"), symlink("k", "l"), file("l/n", b"1")]),
+        row(
+            "parents in a loop",
+            Refused("too many symbolic links"),
+            &[symlink("l", "k"), symlink("k", "l"), file("l/n", b"1")],
+        ),
         row("parent that is a link to itself", Refused("symbolic links"), &[symlink("l", "l"), file("l/n", b"1")]),
         row("parent that is a file", Refused("not a directory"), &[file("a", b"1"), file("a/b", b"2")]),
         row("parent that is a fifo", Refused("not a directory"), &[fifo("q"), file("q/b", b"2")]),
-        row("parent that is a link to a file", Refused("not a directory"), &[file("a", b"1"), symlink("l", "a"), file("l/b", b"2")]),
+        row(
+            "parent that is a link to a file",
+            Refused("not a directory"),
+            &[file("a", b"1"), symlink("l", "a"), file("l/b", b"2")],
+        ),
         row("name of 255 bytes", Lazy, &[file("n".repeat(255), b"1"), dir("m".repeat(255))]),
         row("name of 256 bytes", Refused("name"), &[file("n".repeat(256), b"1")]),
         row("parent of 256 bytes", Refused("name"), &[file(format!("{}/n", "n".repeat(256)), b"1")]),
@@ -117,8 +125,16 @@ fn replaced() -> Vec<Row> {
         row("every kind replaced by every kind", Lazy, &members),
         row("full directory replaced by a file", Lazy, &[dir("q"), file("q/r", b"1"), file("q", b"2")]),
         row("full directory replaced by a link", Lazy, &[dir("q"), file("q/r", b"1"), dir("o"), symlink("q", "o")]),
-        row("directory replaced by a dangling link", Refused("removed by a later member"), &[dir("q"), symlink("q", "no")]),
+        row(
+            "directory replaced by a dangling link",
+            Refused("removed by a later member"),
+            &[dir("q"), symlink("q", "no")],
+        ),
         row("directory within what is removed", Refused("not a directory"), &[dir("q"), dir("q/r"), file("q", b"")]),
-        row("directory named again and again", Lazy, &[dir("q").mode(0o700), file("q/r", b""), dir("q").mode(0o1777).owner(5, 6)]),
+        row(
+            "directory named again and again",
+            Lazy,
+            &[dir("q").mode(0o700), file("q/r", b""), dir("q").mode(0o1777).owner(5, 6)],
+        ),
     ]
 }

@@ -6,8 +6,8 @@ use flate2::Compression;
 use flate2::write::GzEncoder;
 
 use super::Expect::{Declined, Lazy, Refused};
-use super::{Place, Row};
 use super::make::{Archive, file, gzip_row};
+use super::{Place, Row};
 
 fn gzip(bytes: &[u8]) -> Vec<u8> {
     let mut encoder = GzEncoder::new(Vec::new(), Compression::new(6));
