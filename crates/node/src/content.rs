@@ -143,7 +143,7 @@ async fn fetch(
             let stored = Arc::clone(&layer);
             let read = tokio::task::spawn_blocking(move || read_present(&stored, &request));
             let read = read.await.map_err(|failure| {
-                warn!(%failure, "reading from the store was cut off");
+                warn!(error = %failure, "reading from the store was cut off");
                 ContentError::Unavailable
             })?;
             if let Some(bytes) = read? {
@@ -157,7 +157,7 @@ async fn fetch(
         }
         // The disk is full or fails: the reader gets its bytes all the same, they are only not kept.
         Err(failure) if failure.kind == ErrorKind::Local => {
-            warn!({ names::LAYER } = %layer.digest(), %failure, "serving without storing");
+            warn!({ names::LAYER } = %layer.digest(), error = %failure, "serving without storing");
         }
         Err(failure) => {
             report(&layer, &request, failure.kind.code(), &failure);

@@ -268,8 +268,8 @@ fn asked_to_stop(signal: Option<i32>) -> bool {
 
 fn has_died(worker: &mut Child) -> anyhow::Result<bool> {
     let Some(status) = worker.try_wait()? else { return Ok(false) };
-    let (pid, signal, code) = (worker.id(), status.signal(), status.code());
-    error!(pid, signal, code, "worker died; starting another one");
+    let (pid, signal, exit_code) = (worker.id(), status.signal(), status.code());
+    error!(pid, signal, exit_code, "worker died; starting another one");
     Ok(true)
 }
 
