@@ -199,14 +199,25 @@ impl Layer {
     /// [`StoreError::NoSpace`] when the disk is full, [`StoreError::OutOfRange`] when it is not a chunk of this layer or
     /// the bytes do not fill it, [`StoreError::Quarantined`].
     pub fn write(&self, chunk: Chunk, bytes: &[u8]) -> Result<(), StoreError> {
+        self.check_fits(chunk, bytes)?;
+        if self.presence.has(chunk.ix) { Ok(()) } else { self.rewrite(chunk, bytes) }
+    }
+
+    /// As [`Layer::write`], but writes a chunk that is present as well.
+    ///
+    /// # Errors
+    /// As [`Layer::write`].
+    pub fn rewrite(&self, chunk: Chunk, bytes: &[u8]) -> Result<(), StoreError> {
+        self.check_fits(chunk, bytes)?;
+        self.put(chunk.ix..chunk.ix + 1, |data| data.write_all_at(bytes, chunk.data.start)).map(drop)
+    }
+
+    fn check_fits(&self, chunk: Chunk, bytes: &[u8]) -> Result<(), StoreError> {
         self.check_trusted()?;
         if self.toc.chunk(chunk.ix)?.data != chunk.data || chunk.data.len() != bytes.len() as u64 {
             return Err(StoreError::OutOfRange { range: chunk.data });
         }
-        if self.presence.has(chunk.ix) {
-            return Ok(());
-        }
-        self.put(chunk.ix..chunk.ix + 1, |data| data.write_all_at(bytes, chunk.data.start)).map(drop)
+        Ok(())
     }
 
     /// Has `write` bring the bytes of `chunks` to their places in the data file and then counts them as present; gives the

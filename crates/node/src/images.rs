@@ -560,7 +560,7 @@ pub struct Reporter;
 
 impl FetchEvents for Reporter {
     fn verified(&self, layer: &Digest) {
-        info!({ names::LAYER } = %layer, "layer is wholly local: blob digest, diff ID and TOC are proven");
+        info!({ names::LAYER } = %layer, "layer is wholly local: diff ID and TOC are proven");
     }
 
     fn quarantined(&self, layer: &Digest, reason: &str) {

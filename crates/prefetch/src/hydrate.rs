@@ -1,7 +1,7 @@
 //! Makes layers wholly local, one after the other, and proves them.
 
 use std::collections::VecDeque;
-use std::sync::atomic::{AtomicU64, Ordering};
+use std::sync::atomic::{AtomicBool, AtomicU64, Ordering};
 use std::sync::{Arc, Mutex, MutexGuard, PoisonError};
 
 use futures::StreamExt;
@@ -15,6 +15,7 @@ use crate::deliver::store_failed;
 use crate::fetcher::Shared;
 use crate::part::Pass;
 use crate::rebuild::{Verdict, rebuild};
+use crate::skeleton::{self, Outcome};
 
 /// Where the hydration of a layer stands.
 #[derive(Debug, Clone, Copy, PartialEq, Eq, Default)]
@@ -58,6 +59,8 @@ pub(crate) struct Status {
     blob_bytes: AtomicU64,
     /// Whether somebody wants this layer before others, and also while hydration is held back.
     first: watch::Sender<bool>,
+    /// The layer could not be proven by its skeleton.
+    distrusted: AtomicBool,
 }
 
 #[derive(Debug, Default)]
@@ -83,6 +86,11 @@ impl Status {
         inner.failures = inner.failures.saturating_add(1);
         inner.last_error = Some(error.to_string());
         inner.failures
+    }
+
+    /// From now on the layer is proven by its blob only.
+    pub(crate) fn distrust_skeleton(&self) {
+        self.distrusted.store(true, Ordering::Relaxed);
     }
 
     /// Compressed bytes that the pass under way has read.
@@ -281,13 +289,28 @@ impl Hydration {
         });
     }
 
-    /// Reads the whole blob once, stores it and judges it.
+    /// Makes the layer local and judges it: by its skeleton if that is the short way, else by its blob.
     async fn pass(&self, attached: &Arc<Attached>) -> Result<(), Failure> {
-        let shared = &*self.shared;
         // Again: what came since for other layers may be of use for this one.
-        shared.share_all(attached).await;
-        let permission = Permission { enabled: self.enabled.subscribe(), first: attached.hydration.first.subscribe() };
-        let pass = Pass { shared, attached, permission, used: Mutex::default() };
+        self.shared.share_all(attached).await;
+        let status = &attached.hydration;
+        let permission = Permission { enabled: self.enabled.subscribe(), first: status.first.subscribe() };
+        let pass = Pass { shared: &self.shared, attached, permission, used: Mutex::default() };
+        let failures = status.lock().failures;
+        let outcome = match status.distrusted.load(Ordering::Relaxed) {
+            true => Outcome::Blob,
+            false => skeleton::prove(&pass, failures, self.shared.options.budget).await,
+        };
+        match outcome {
+            Outcome::Blob => self.whole(pass).await,
+            Outcome::Failed(error) => Err(Failure::Again(error)),
+            Outcome::Proven => self.finish(attached).await,
+        }
+    }
+
+    /// Reads the whole blob once, stores it and judges it.
+    async fn whole(&self, pass: Pass<'_>) -> Result<(), Failure> {
+        let (shared, attached) = (&*self.shared, pass.attached);
         attached.hydration.blob_bytes.store(0, Ordering::Relaxed);
         let (sender, parts) = mpsc::channel(1);
         let (layer, budget) = (attached.layer.clone(), shared.options.budget);
@@ -310,8 +333,12 @@ impl Hydration {
                 .await?;
                 Err(Failure::Quarantine(reason))
             }
-            Verdict::Proven => self.blocking(attached, |layer| layer.sync().and_then(|()| layer.set_verified())).await,
+            Verdict::Proven => self.finish(attached).await,
         }
+    }
+
+    async fn finish(&self, attached: &Attached) -> Result<(), Failure> {
+        self.blocking(attached, |layer| layer.sync().and_then(|()| layer.set_verified())).await
     }
 
     async fn blocking(

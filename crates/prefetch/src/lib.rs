@@ -18,6 +18,7 @@ pub mod plan;
 pub mod queue;
 mod rebuild;
 mod share;
+mod skeleton;
 mod windows;
 
 pub use attached::ImageSources;

@@ -14,14 +14,25 @@ use crate::hydrate::Permission;
 
 /// What the parts of one pass share.
 pub(crate) struct Pass<'a> {
-    pub(crate) shared: &'a Shared,
-    pub(crate) attached: &'a Attached,
+    pub(crate) shared: &'a Arc<Shared>,
+    pub(crate) attached: &'a Arc<Attached>,
     pub(crate) permission: Permission,
     /// Every source that gave bytes: if the sum of all is wrong, any of them may be to blame.
     pub(crate) used: Mutex<Vec<Arc<Source>>>,
 }
 
 impl Pass<'_> {
+    /// Waits until hydration is not held back.
+    ///
+    /// # Errors
+    /// When there will be none any more.
+    pub(crate) async fn permitted(&self) -> Result<(), SourceError> {
+        if self.permission.clone().given().await {
+            return Ok(());
+        }
+        Err(SourceError::new(ErrorKind::Unavailable, "hydration was ended"))
+    }
+
     /// All bytes of `range`, which fits in memory.
     ///
     /// # Errors
@@ -33,9 +44,7 @@ impl Pass<'_> {
         let mut failures = 0u32;
         while bytes.len() < len {
             // Held back between requests too, without a slot and without a connection.
-            if !self.permission.clone().given().await {
-                return Err(SourceError::new(ErrorKind::Unavailable, "hydration was ended"));
-            }
+            self.permitted().await?;
             let before = bytes.len();
             let sources = self.attached.sources();
             let Some(source) = sources.get(failures as usize % sources.len().max(1)) else {

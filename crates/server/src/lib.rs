@@ -13,6 +13,7 @@ mod limits;
 pub mod listen;
 mod metrics;
 mod service;
+mod skeleton;
 pub mod store;
 pub mod windows;
 

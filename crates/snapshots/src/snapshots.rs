@@ -479,7 +479,8 @@ impl Shared {
     fn existing(&self, target: &str, parent: &str, namespace: Option<&str>) -> Result<Option<String>, Error> {
         let may_read = |name: &str, record: &Record| {
             namespace.is_none_or(|namespace| {
-                name.strip_prefix(namespace).is_some_and(|rest| rest.starts_with('/'))
+                // The whole part before the first slash: a caller may call itself `k8s.io/lazy-1`.
+                name.split_once('/').is_some_and(|(owner, _)| owner == namespace)
                     || record.namespaces.iter().any(|known| known == namespace)
             })
         };
