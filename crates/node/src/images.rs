@@ -19,6 +19,7 @@ use tracing::{error, info, warn};
 
 use crate::catalog::{Catalog, Decision, ImageRecord, LayerRecord};
 use crate::labels::{Wanted, image_name};
+use crate::metrics::NodeMetrics;
 use crate::origin::{Origin, Origins};
 use crate::server_client::ServedLayer;
 use crate::views::Views;
@@ -63,6 +64,7 @@ pub struct NodeImages {
     pub(crate) origins: Origins,
     /// Bound of one decision.
     pub(crate) deadline: Duration,
+    metrics: NodeMetrics,
     plans: Mutex<HashMap<(String, ManifestDigest), Slot>>,
     /// Layers that were given back and wait to be removed; they stay here until they are gone, so that nobody takes one for
     /// usable while it is being removed. Whoever holds `admission` removes them before it admits others, so that a layer that
@@ -85,6 +87,7 @@ impl NodeImages {
         deadline: Duration,
     ) -> Self {
         Self {
+            metrics: origins.metrics.clone(),
             decisions: record_decisions(catalog.clone()),
             store,
             fetcher,
@@ -131,7 +134,10 @@ impl NodeImages {
 
     async fn make_plan(self: &Arc<Self>, wanted: &Wanted) -> Plan {
         let empty = ImageRecord { image: wanted.image.to_string(), manifest: wanted.manifest, layers: Vec::new() };
-        match self.try_plan(wanted).await {
+        let begun = Instant::now();
+        let made = self.try_plan(wanted).await;
+        self.metrics.decided(begun.elapsed());
+        match made {
             Ok(plan) => plan,
             Err(error) => {
                 let reason = Reason::new("node.local", format!("{error:#}"));
@@ -259,10 +265,11 @@ impl NodeImages {
             Ok(admitted) => admitted,
             Err(mismatch) => return Ok(Plan { decision: ImageDecision::Deferred(mismatch), record }),
         };
+        let sources = origin.sources();
         for layer in admitted {
             if layer.state() == LayerState::Lazy {
                 let digest = layer.digest();
-                self.fetcher.attach(layer, origin.sources());
+                self.fetcher.attach(layer, sources.clone());
                 self.fetcher.hydrate(&digest);
             }
         }
@@ -374,10 +381,11 @@ impl NodeImages {
             };
             // As in `take_in`: no layer may be removed between the look at the store and the fetcher.
             let _guard = self.admission.blocking_lock();
+            let sources = origin.sources();
             for layer in record.layers.iter().filter_map(|layer| self.usable(&layer.digest)) {
                 if layer.state() == LayerState::Lazy {
                     let digest = layer.digest();
-                    self.fetcher.attach(layer, origin.sources());
+                    self.fetcher.attach(layer, sources.clone());
                     self.fetcher.hydrate(&digest);
                 }
             }
@@ -513,6 +521,7 @@ impl LazyImages for SharedImages {
     }
 
     fn answered(&self, request: &PrepareRequest, outcome: &PrepareOutcome) {
+        self.0.metrics.answered(outcome);
         self.0.record_decision(request, outcome);
     }
 

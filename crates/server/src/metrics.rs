@@ -28,8 +28,7 @@ pub(crate) enum Method {
 }
 
 impl Method {
-    pub(crate) const ALL: [Self; 5] =
-        [Self::Import, Self::GetImage, Self::GetWindows, Self::ReadFile, Self::ReadData];
+    pub(crate) const ALL: [Self; 5] = [Self::Import, Self::GetImage, Self::GetWindows, Self::ReadFile, Self::ReadData];
 
     const fn as_str(self) -> &'static str {
         match self {
