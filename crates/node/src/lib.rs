@@ -8,7 +8,6 @@ pub mod images;
 pub mod labels;
 pub mod origin;
 pub mod server_client;
-pub mod settings;
 pub mod supervisor;
 pub mod views;
 pub mod worker;

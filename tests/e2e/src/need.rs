@@ -26,6 +26,8 @@ pub enum Need {
     Containerd2,
     /// One of [`CONTAINERDS`], as `tests/tools/install.sh clients` builds it.
     Containerd(&'static str),
+    /// containerd's own suite for snapshotters, as `tests/tools/install.sh` builds it.
+    Conformance,
     /// A program of this project, built in the same profile as the test.
     Product(&'static str),
 }
@@ -38,6 +40,7 @@ impl Need {
             Self::Program(name) => program(name).is_some(),
             Self::Containerd2 => Self::Containerd(CONTAINERD_2).is_met(),
             Self::Containerd(release) => containerd_dir(release).join("containerd").is_file(),
+            Self::Conformance => conformance_suite().is_file(),
             Self::Product(name) => product(name).is_some(),
         }
     }
@@ -48,6 +51,7 @@ impl Need {
             Self::Program(name) => format!("program {name}"),
             Self::Containerd2 => format!("containerd {CONTAINERD_2} (tests/tools/install.sh)"),
             Self::Containerd(release) => format!("containerd {release} (tests/tools/install.sh clients)"),
+            Self::Conformance => "containerd's suite for snapshotters (tests/tools/install.sh)".to_owned(),
             Self::Product(name) => format!("{name} (cargo build --bin {name})"),
         }
     }
@@ -104,11 +108,15 @@ pub fn product(name: &str) -> Option<PathBuf> {
 
 /// Where `tests/tools/install.sh` puts the programs of this release of containerd.
 pub fn containerd_dir(release: &str) -> PathBuf {
-    tools_dir().join(format!("containerd-{release}/bin"))
+    tools().join(format!("containerd-{release}/bin"))
 }
 
-/// Where `tests/tools/install.sh` puts what it builds.
-pub fn tools_dir() -> PathBuf {
+/// The program that `tests/tools/install.sh` makes of `tests/conformance`.
+pub fn conformance_suite() -> PathBuf {
+    tools().join("conformance.test")
+}
+
+fn tools() -> PathBuf {
     let root = Path::new(env!("CARGO_MANIFEST_DIR")).join("../..");
     std::env::var_os("MILLSTREAM_TOOLS").map_or_else(|| root.join("target/tools"), PathBuf::from)
 }
