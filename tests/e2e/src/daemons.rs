@@ -19,7 +19,7 @@ use crate::cri::connect;
 use crate::installation::Installation;
 use crate::link::Link;
 use crate::need::product;
-use crate::process::{Process, eventually, socket_accepts};
+use crate::process::{Process, eventually, peak_memory, socket_accepts};
 use crate::registry::Tls;
 use crate::workdir::Workdir;
 
@@ -154,6 +154,16 @@ impl Node {
         children.split_whitespace().filter_map(|pid| pid.parse().ok()).collect()
     }
 
+    /// The most memory that one of its workers has had so far; see [`peak_memory`].
+    ///
+    /// # Errors
+    ///
+    /// If there is no worker.
+    pub fn peak_memory(&self) -> Result<u64> {
+        let peaks: Result<Vec<u64>> = self.workers().into_iter().map(|pid| peak_memory(pid.unsigned_abs())).collect();
+        peaks?.into_iter().max().with_context(|| format!("{NODE} has no worker"))
+    }
+
     /// SIGKILL to its workers, as a crash would be, and waits until a new one answers.
     ///
     /// # Errors
@@ -283,6 +293,15 @@ impl Server {
         let id = process.id();
         process.wait_ready(READY, || listens(id, port))?;
         Ok(Self { process })
+    }
+
+    /// The most memory that it has had so far; see [`peak_memory`].
+    ///
+    /// # Errors
+    ///
+    /// If it has ended.
+    pub fn peak_memory(&self) -> Result<u64> {
+        peak_memory(self.process.id())
     }
 
     /// Asks it to end.

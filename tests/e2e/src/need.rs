@@ -24,10 +24,10 @@ pub enum Need {
     Program(&'static str),
     /// containerd 2.x with its `ctr` and shim, as `tests/tools/install.sh` builds it.
     Containerd2,
-    /// containerd's own suite for snapshotters, as `tests/tools/install.sh` builds it.
-    Conformance,
     /// One of [`CONTAINERDS`], as `tests/tools/install.sh clients` builds it.
     Containerd(&'static str),
+    /// containerd's own suite for snapshotters, as `tests/tools/install.sh` builds it.
+    Conformance,
     /// A program of this project, built in the same profile as the test.
     Product(&'static str),
 }
@@ -39,8 +39,8 @@ impl Need {
             Self::Root => rustix::process::geteuid().is_root(),
             Self::Program(name) => program(name).is_some(),
             Self::Containerd2 => Self::Containerd(CONTAINERD_2).is_met(),
-            Self::Conformance => conformance_suite().is_file(),
             Self::Containerd(release) => containerd_dir(release).join("containerd").is_file(),
+            Self::Conformance => conformance_suite().is_file(),
             Self::Product(name) => product(name).is_some(),
         }
     }
@@ -50,8 +50,8 @@ impl Need {
             Self::Root => "root privileges".to_owned(),
             Self::Program(name) => format!("program {name}"),
             Self::Containerd2 => format!("containerd {CONTAINERD_2} (tests/tools/install.sh)"),
-            Self::Conformance => "containerd's suite for snapshotters (tests/tools/install.sh)".to_owned(),
             Self::Containerd(release) => format!("containerd {release} (tests/tools/install.sh clients)"),
+            Self::Conformance => "containerd's suite for snapshotters (tests/tools/install.sh)".to_owned(),
             Self::Product(name) => format!("{name} (cargo build --bin {name})"),
         }
     }
@@ -108,16 +108,15 @@ pub fn product(name: &str) -> Option<PathBuf> {
 
 /// Where `tests/tools/install.sh` puts the programs of this release of containerd.
 pub fn containerd_dir(release: &str) -> PathBuf {
-    tools_dir().join(format!("containerd-{release}/bin"))
+    tools().join(format!("containerd-{release}/bin"))
 }
 
 /// The program that `tests/tools/install.sh` makes of `tests/conformance`.
 pub fn conformance_suite() -> PathBuf {
-    tools_dir().join("conformance.test")
+    tools().join("conformance.test")
 }
 
-/// Where `tests/tools/install.sh` puts what it builds.
-pub fn tools_dir() -> PathBuf {
+fn tools() -> PathBuf {
     let root = Path::new(env!("CARGO_MANIFEST_DIR")).join("../..");
     std::env::var_os("MILLSTREAM_TOOLS").map_or_else(|| root.join("target/tools"), PathBuf::from)
 }

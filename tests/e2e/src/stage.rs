@@ -14,7 +14,7 @@ use millstream_wire::millstream::v1::layer_status::State;
 use crate::containerd::{Containerd, ContainerdOptions, Snapshotter, Version};
 use crate::cri::Cri;
 use crate::daemons::{NODE, Node, NodeOptions, SERVER, Server, ServerOptions};
-use crate::image::{Image, ImageInfo, pause};
+use crate::image::{Image, ImageInfo, pause, write_index};
 use crate::need::{self, CONTAINERS, Need, product};
 use crate::process::eventually;
 use crate::registry::{Login, Registry, RegistryOptions, Request, free_address};
@@ -174,12 +174,12 @@ impl Stage {
     ///
     /// # Errors
     ///
-    /// If one cannot be written.
+    /// If one cannot be written, or they cannot be pushed.
     pub fn push_many(&self, name: &str, images: &[Image]) -> Result<Vec<Pushed>> {
         let layout = self.work.dir(&format!("layout-{name}"))?;
         let infos: Vec<ImageInfo> = images.iter().map(|image| image.write(&layout, "latest")).collect::<Result<_>>()?;
-        let manifests: Vec<&str> = infos.iter().map(|info| info.manifest.as_str()).collect();
-        self.registry()?.place(&layout, name, &manifests)?;
+        write_index(&layout, "all", &infos)?;
+        self.registry()?.push_all(&layout, "all", &format!("{name}:all"))?;
         let host = self.host()?;
         let pushed =
             infos.into_iter().map(|info| Pushed { reference: format!("{host}/{name}@{}", info.manifest), info });
@@ -273,19 +273,14 @@ impl Stage {
         self.oracle_of(Version::V1)
     }
 
-    /// The same of another version; one of each may stand beside the other.
+    /// The same of another version; one of each major one may stand beside the other.
     ///
     /// # Errors
     ///
     /// If it does not start.
     pub fn oracle_of(&self, version: Version) -> Result<Containerd> {
         let options = self.containerd_options(version, Snapshotter::Overlayfs, false)?;
-        let name = match version {
-            Version::V1 => "oracle".to_owned(),
-            Version::V2 => "oracle2".to_owned(),
-            Version::Release(release) => format!("oracle-{release}"),
-        };
-        Containerd::start_as(&self.work, &name, options)
+        Containerd::start_as(&self.work, &format!("oracle{}", version.major()), options)
     }
 
     /// How [`Stage::containerd`] sets one up.
@@ -310,6 +305,15 @@ impl Stage {
     /// If it does not answer.
     pub fn cri(&self, containerd: &Containerd) -> Result<Cri> {
         Cri::connect(&self.work, &containerd.socket())
+    }
+
+    /// The most memory that the server has had so far; see [`crate::process::peak_memory`].
+    ///
+    /// # Errors
+    ///
+    /// If it was stopped.
+    pub fn server_memory(&self) -> Result<u64> {
+        self.server.as_ref().context("the server is down")?.peak_memory()
     }
 
     /// Stops the server.
@@ -398,11 +402,20 @@ pub fn layers_of(node: &Node, image: &Pushed) -> Result<Vec<LayerStatus>> {
 ///
 /// If they are not within a minute; the error says what they are instead.
 pub fn await_verified(node: &Node, image: &Pushed) -> Result<()> {
+    await_verified_within(node, image, PATIENCE)
+}
+
+/// The same with another deadline.
+///
+/// # Errors
+///
+/// If they are not within it; the error says what they are instead.
+pub fn await_verified_within(node: &Node, image: &Pushed, deadline: Duration) -> Result<()> {
     let mut wanted = image.layers();
     wanted.sort_unstable();
     wanted.dedup();
     let mut seen = Vec::new();
-    let found = eventually("every layer to be verified", PATIENCE, || {
+    let found = eventually("every layer to be verified", deadline, || {
         seen = layers_of(node, image).unwrap_or_default();
         (seen.len() == wanted.len() && seen.iter().all(|layer| layer.state() == State::Verified)).then_some(())
     });
