@@ -7,7 +7,7 @@ use std::sync::{Arc, Mutex, MutexGuard, PoisonError};
 use std::time::{Duration, Instant, SystemTime, UNIX_EPOCH};
 
 use async_trait::async_trait;
-use millstream_chunkstore::{Layer, LayerState, Store, StoreError};
+use millstream_chunkstore::{Layer, LayerState, Store};
 use millstream_oci::{Digest, ManifestDigest};
 use millstream_prefetch::{FetchEvents, Fetcher};
 use millstream_snapshots::{
@@ -286,12 +286,7 @@ impl NodeImages {
         tocs: &[Vec<u8>],
     ) -> anyhow::Result<Result<Vec<Arc<Layer>>, Reason>> {
         self.remove_dying()?;
-        for toc in tocs {
-            match self.store.admit(toc) {
-                Ok(_) | Err(StoreError::Quarantined { .. }) => {}
-                Err(error) => return Err(error.into()),
-            }
-        }
+        self.store.admit_all(tocs)?;
         let mut admitted = Vec::new();
         for described in record.layers.iter().take(lazy) {
             let Some(layer) = self.usable(&described.digest) else { continue };

@@ -132,7 +132,7 @@ fn more_headers_than_a_request_can_have_are_refused_without_panic() {
     let names: String = (0..40_000).map(|number| format!("x-{number} = \"\"\n")).collect();
     let text = format!("[host.\"https://a.example\".header]\n{names}");
     assert!(text.len() < 1 << 20, "a file of that size is read");
-    assert_eq!(parse(&text, Path::new("/")).unwrap_err(), "there are too many headers");
+    assert_eq!(parse(&text, Path::new("/")).err().as_deref(), Some("there are too many headers"));
 }
 
 #[test]

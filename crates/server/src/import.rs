@@ -12,6 +12,7 @@ use millstream_oci::{
     select_platform,
 };
 use millstream_registry::Repository;
+use millstream_toc::Budget;
 use tokio::sync::{OwnedSemaphorePermit, Semaphore};
 use tokio::task::JoinSet;
 
@@ -39,6 +40,8 @@ pub struct ImportOptions {
     pub deadline: Duration,
     /// Directory for files that live as long as one layer's import.
     pub scratch: PathBuf,
+    /// What one layer may cost; one that costs more is not streamed.
+    pub budget: Budget,
 }
 
 impl Default for ImportOptions {
@@ -48,6 +51,7 @@ impl Default for ImportOptions {
             builders: std::thread::available_parallelism().map_or(1, usize::from),
             deadline: Duration::from_secs(3600),
             scratch: std::env::temp_dir(),
+            budget: Budget::default(),
         }
     }
 }
@@ -202,7 +206,8 @@ impl Importer {
                     Outcome::Ready
                 } else {
                     let _builder = self.builders.acquire().await;
-                    import_layer(&self.store, &self.options.scratch, repository, layer, compression, &count).await?
+                    let ImportOptions { scratch, budget, .. } = &self.options;
+                    import_layer(&self.store, scratch, repository, layer, compression, *budget, &count).await?
                 }
             }
         };

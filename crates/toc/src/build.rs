@@ -17,7 +17,7 @@ use crate::format::{ChunkIx, SHORT_DIGEST, SpanIx};
 use crate::range::DataRange;
 use crate::tar::{MemberKind, TarLimits, TarReader};
 use content::Contents;
-pub use error::{BuildError, Ineligible};
+pub use error::{Bound, BuildError, Ineligible};
 use stream::{Shared, TarStream};
 use tree::Tree;
 

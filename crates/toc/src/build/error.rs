@@ -106,6 +106,49 @@ pub enum Ineligible {
     },
 }
 
+/// What a [`Budget`](super::Budget) counts, as errors say it.
+pub(super) mod counted {
+    pub(in crate::build) const DIRECTORIES: &str = "directories";
+    pub(in crate::build) const FILES: &str = "files";
+    pub(in crate::build) const FILE_BYTES: &str = "bytes of one file";
+    pub(in crate::build) const NAMES: &str = "names";
+    pub(in crate::build) const NAME_BYTES: &str = "bytes of names";
+    pub(in crate::build) const RATIO: &str = "bytes of tar per byte of blob";
+    pub(in crate::build) const TAR_BYTES: &str = "bytes of tar";
+    pub(in crate::build) const TOC_BYTES: &str = "bytes of TOC";
+}
+
+/// The fields of a [`Budget`](super::Budget) that whoever builds may want to raise.
+#[derive(Debug, Clone, Copy, PartialEq, Eq, Hash)]
+pub enum Bound {
+    /// `max_entries`.
+    Entries,
+    /// `max_tar_size`.
+    TarSize,
+    /// `max_file_size`.
+    FileSize,
+    /// `max_ratio`.
+    Ratio,
+    /// `max_toc_bytes`.
+    TocBytes,
+}
+
+impl Ineligible {
+    /// The field of the budget that was spent, if that was the reason.
+    #[must_use]
+    pub fn bound(&self) -> Option<Bound> {
+        let Self::Budget { what, .. } = self else { return None };
+        match *what {
+            counted::DIRECTORIES | counted::FILES | counted::NAMES => Some(Bound::Entries),
+            counted::TAR_BYTES => Some(Bound::TarSize),
+            counted::FILE_BYTES => Some(Bound::FileSize),
+            counted::RATIO => Some(Bound::Ratio),
+            counted::TOC_BYTES | counted::NAME_BYTES => Some(Bound::TocBytes),
+            _ => None,
+        }
+    }
+}
+
 impl BuildError {
     pub(super) fn invalid(what: impl Into<String>) -> Self {
         Self::Invalid { what: what.into() }

@@ -4,7 +4,7 @@ use zerocopy::IntoBytes;
 
 use super::Compression;
 use super::content::Contents;
-use super::error::BuildError;
+use super::error::{BuildError, counted};
 use super::stream::Ended;
 use super::tree::{Node, NodeIx, ROOT, Slot, Tree};
 use crate::format::{
@@ -90,7 +90,7 @@ pub(super) fn write(
     ];
     let limit = tree.budget.max_toc_bytes;
     if parts.iter().map(|part| part.len() as u64).sum::<u64>() > limit {
-        return Err(BuildError::over("bytes of TOC", limit));
+        return Err(BuildError::over(counted::TOC_BYTES, limit));
     }
     Ok(parts.concat())
 }
