@@ -7,7 +7,7 @@ use std::collections::HashMap;
 use std::sync::Arc;
 
 use fixture::{Place, chunks, noise, read, tar};
-use millstream_chunkstore::{Layer, LayerState, Step, Store, StoreError};
+use millstream_chunkstore::{Layer, Step, Store, StoreError};
 use millstream_toc::{BuildOptions, BuildSink, Compression, DataRange, build};
 use proptest::prelude::*;
 

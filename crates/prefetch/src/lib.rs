@@ -23,7 +23,7 @@ mod skeleton;
 mod windows;
 
 pub use attached::ImageSources;
-pub use counters::Counters;
+pub use counters::{Counters, Queues};
 pub use fetcher::{FetchEvents, Fetcher};
 pub use hydrate::{HydrationState, Progress};
 pub use options::{FetchOptions, Jitter, RandomJitter};

@@ -110,7 +110,7 @@ async fn fetch_skeleton(pass: &Pass<'_>, limit: u64) -> Result<Option<Bytes>, So
     let Some(content) = pass.attached.sources().iter().find_map(|source| source.image.content.clone()) else {
         return Ok(None);
     };
-    pass.enabled().await?;
+    pass.permitted().await?;
     let urgency = Urgency::new(Priority::Hydrate);
     let _permit = shared.gate.acquire(&urgency).await?;
     shared.tally.request();
@@ -136,7 +136,7 @@ async fn fetch_skeleton(pass: &Pass<'_>, limit: u64) -> Result<Option<Bytes>, So
 async fn fetch_chunks(pass: &Pass<'_>, chunks: &[Chunk]) -> Result<(), SourceError> {
     let at_once = pass.shared.options.hydrate_slots.max(1);
     let fetch = |range| async move {
-        pass.enabled().await?;
+        pass.permitted().await?;
         pass.shared.ensure(pass.attached, range, Priority::Hydrate).await
     };
     let mut batches = std::pin::pin!(futures::stream::iter(batches(chunks)).map(fetch).buffered(at_once));

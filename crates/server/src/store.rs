@@ -150,6 +150,15 @@ impl Store {
         Self { objects }
     }
 
+    /// Whether the store answers: looks at the names in its root, of which there are a few.
+    ///
+    /// # Errors
+    ///
+    /// When the object store fails.
+    pub async fn probe(&self) -> Result<(), StoreError> {
+        self.objects.list_with_delimiter(None).await.map(drop).map_err(failed(&Path::ROOT))
+    }
+
     /// What is known of `blob`, if it was written by this format version.
     ///
     /// # Errors

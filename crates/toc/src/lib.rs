@@ -9,7 +9,7 @@ mod skeleton;
 pub mod span;
 pub mod tar;
 
-pub use build::{Budget, BuildError, BuildOptions, BuildSink, Built, Compression, Ineligible, build};
+pub use build::{Bound, Budget, BuildError, BuildOptions, BuildSink, Built, Compression, Ineligible, build};
 pub use format::{CHUNK_SIZE, DATA_ALIGN, FormatError};
 pub use pack::{pack, unpack};
 pub use range::{BlobRange, DataRange, FileRange, TarRange};

@@ -15,8 +15,8 @@ use millstream_oci::{DiffId, Digest};
 use zerocopy::{FromBytes, Immutable, KnownLayout};
 
 use crate::format::{
-    ContentIx, ContentRecord, DirentRecord, ExtentRecord, FLAG_IMPLIED, FLAG_OPAQUE, FormatError, Header, InodeIx,
-    InodeRecord, Kind, MAGIC, NONE, SHORT_DIGEST, SpanRecord, VERSION, XattrRecord, XattrSetRecord,
+    ContentIx, ContentRecord, DirentRecord, ExtentRecord, FLAG_IMPLIED, FLAG_LATE, FLAG_OPAQUE, FormatError, Header,
+    InodeIx, InodeRecord, Kind, MAGIC, NONE, SHORT_DIGEST, SpanRecord, VERSION, XattrRecord, XattrSetRecord,
 };
 
 pub use data::{Chunk, Span, SpanStart};
@@ -517,6 +517,12 @@ impl Inode<'_> {
     #[must_use]
     pub const fn is_opaque(&self) -> bool {
         self.record.flags & FLAG_OPAQUE != 0
+    }
+
+    /// Whether the layer describes this directory only after something in it, so that it has extended attributes from below as well.
+    #[must_use]
+    pub const fn is_late(&self) -> bool {
+        self.record.flags & FLAG_LATE != 0
     }
 
     /// Whether it has extended attributes.

@@ -6,7 +6,7 @@ use std::io::{self, Read};
 use millstream_inflate::{InflateError, Inflater, Stop, WINDOW_SIZE};
 use sha2::{Digest as _, Sha256};
 
-use super::error::{BuildError, Ineligible};
+use super::error::{BuildError, Ineligible, counted};
 use super::{Budget, BuildSink, Compression};
 use crate::format::{MAX_SPAN, SHORT_DIGEST, SPAN_SIZE, SpanIx, SpanRecord};
 
@@ -171,11 +171,11 @@ impl<'s, R: Read> TarStream<'s, R> {
         let produced = if matches!(self.state, State::Plain) { self.fill_plain()? } else { self.fill_gzip()? };
         let budget = self.budget;
         if self.tar_made > budget.max_tar_size {
-            return Err(BuildError::over("bytes of tar", budget.max_tar_size));
+            return Err(BuildError::over(counted::TAR_BYTES, budget.max_tar_size));
         }
         let free = self.tar_made.saturating_sub(RATIO_FREE);
         if free > self.blob_at().saturating_mul(budget.max_ratio) {
-            return Err(BuildError::over("bytes of tar per byte of blob", budget.max_ratio));
+            return Err(BuildError::over(counted::RATIO, budget.max_ratio));
         }
         Ok(produced)
     }
