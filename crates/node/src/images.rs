@@ -329,6 +329,26 @@ impl NodeImages {
         self.remove_dying()
     }
 
+    /// Returns when every layer that was given back so far is removed.
+    ///
+    /// # Errors
+    /// Those of the database; what stays then is removed at the next start.
+    pub async fn removed(self: &Arc<Self>) -> anyhow::Result<()> {
+        let _guard = self.admission.lock().await;
+        let images = Arc::clone(self);
+        tokio::task::spawn_blocking(move || images.remove_dying()).await?
+    }
+
+    /// Layers of images that were decided about lately: a pull may be about to use them.
+    #[must_use]
+    pub fn about_to_be_used(&self) -> HashSet<Digest> {
+        let now = Instant::now();
+        let plans = self.plans.lock().unwrap_or_else(PoisonError::into_inner);
+        let live = plans.values().filter(|slot| now.duration_since(slot.used) < PLAN_LIFE);
+        let records = live.filter_map(|slot| slot.plan.get()).flat_map(|plan| &plan.record.layers);
+        records.map(|layer| layer.digest).collect()
+    }
+
     /// Lets the fetcher go on with every layer that is not wholly local; the network is not needed for that. Blocks, and must
     /// not be called on a thread of the runtime: a credential helper may take seconds.
     ///
@@ -531,7 +551,7 @@ pub struct Reporter;
 
 impl FetchEvents for Reporter {
     fn verified(&self, layer: &Digest) {
-        info!({ names::LAYER } = %layer, "layer is wholly local: blob digest, diff ID and TOC are proven");
+        info!({ names::LAYER } = %layer, "layer is wholly local: diff ID and TOC are proven");
     }
 
     fn quarantined(&self, layer: &Digest, reason: &str) {

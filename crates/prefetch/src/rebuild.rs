@@ -1,4 +1,5 @@
-//! The pass over a whole blob: stores what the TOC says, and finds out whether the TOC says the truth.
+//! The pass over a whole blob: stores what the TOC says, and finds out whether the TOC says the truth. What is here already
+//! is written again: what is called verified is what was hashed, whatever the disk made of the bytes that came before.
 
 use std::io::{self, Read};
 
@@ -117,7 +118,7 @@ impl BuildSink for Keeper<'_> {
             self.wrong = Some(chunk);
             return Ok(());
         }
-        self.layer.write(Chunk { ix: chunk, data }, bytes).map_err(|error| {
+        self.layer.rewrite(Chunk { ix: chunk, data }, bytes).map_err(|error| {
             let message = error.to_string();
             self.failed = Some(error);
             io::Error::other(message)

@@ -1,5 +1,6 @@
 //! From a blob in a registry to TOC and windows in the store.
 
+use std::fs::File;
 use std::io;
 use std::path::Path;
 use std::sync::Arc;
@@ -14,8 +15,12 @@ use millstream_toc::{BlobRange, Toc};
 use crate::ServeError;
 use crate::blob::{ChannelReader, channel, pump};
 use crate::content::blocking;
+use crate::skeleton::SkeletonWriter;
 use crate::store::{LayerRecord, Store};
 use crate::windows::{WindowFile, WindowWriter};
+
+/// A skeleton with more than one byte for so many bytes of the blob is not kept: nodes then read the blob.
+const SKELETON_PART: u64 = 2;
 
 /// A layer as an image describes it.
 #[derive(Debug, Clone)]
@@ -70,9 +75,9 @@ pub(crate) async fn import_layer(
     compression: build::Compression,
     progress: &(dyn Fn(u64) + Send + Sync),
 ) -> Result<Outcome, ServeError> {
-    let writer = WindowWriter::new(scratch).map_err(crate::store::StoreError::from)?;
+    let sink = LayerSink::new(scratch).map_err(crate::store::StoreError::from)?;
     let (sender, reader) = channel();
-    let built = blocking(move || build_layer(reader, compression, writer));
+    let built = blocking(move || build_layer(reader, compression, sink));
     let range = BlobRange::new(0, wanted.size);
     let (pumped, built) = tokio::join!(pump(&**repository, &wanted.digest, range, sender, progress), built);
     // A transfer that failed looks to the build like a blob that ends early: the cause comes first.
@@ -98,19 +103,22 @@ struct NewLayer {
     record: LayerRecord,
     packed: Vec<u8>,
     windows: WindowFile,
+    /// `None` where it is so large that nobody would use it.
+    skeleton: Option<File>,
 }
 
 fn build_layer(
     mut reader: ChannelReader,
     compression: build::Compression,
-    writer: WindowWriter,
+    mut sink: LayerSink,
 ) -> Result<NewLayer, BuildError> {
-    let mut sink = WindowSink(writer);
     let options = BuildOptions { compression, budget: Budget::default() };
     let Built { toc, .. } = build(&mut reader, &options, &mut sink)?;
     let packed = pack(&toc);
     let toc = Toc::open(toc).map_err(|error| BuildError::Sink(io::Error::other(error)))?;
-    let windows = sink.0.finish(toc.span_count()).map_err(BuildError::Sink)?;
+    let windows = sink.windows.finish(toc.span_count()).map_err(BuildError::Sink)?;
+    let (skeleton, size) = sink.skeleton.finish().map_err(BuildError::Sink)?;
+    let skeleton = (size <= toc.blob_size() / SKELETON_PART).then_some(skeleton);
     let record = LayerRecord {
         format: VERSION,
         toc: toc.digest(),
@@ -118,7 +126,7 @@ fn build_layer(
         size: toc.blob_size(),
         spans: toc.span_count(),
     };
-    Ok(NewLayer { blob: toc.blob_digest(), record, packed, windows })
+    Ok(NewLayer { blob: toc.blob_digest(), record, packed, windows, skeleton })
 }
 
 /// Stores a layer after all that the image says of it was found true.
@@ -130,14 +138,31 @@ async fn store_layer(store: &Store, wanted: &WantedLayer, layer: NewLayer) -> Re
     wanted.compare(layer.record.diff_id, layer.record.size)?;
     store.put_toc(&wanted.digest, layer.packed).await?;
     store.put_windows(&wanted.digest, layer.windows).await?;
+    if let Some(skeleton) = layer.skeleton {
+        store.put_skeleton(&wanted.digest, skeleton).await?;
+    }
     store.put_layer(&wanted.digest, &layer.record).await?;
     Ok(())
 }
 
-struct WindowSink(WindowWriter);
+/// What is kept of a layer besides its TOC.
+struct LayerSink {
+    windows: WindowWriter,
+    skeleton: SkeletonWriter,
+}
 
-impl BuildSink for WindowSink {
+impl LayerSink {
+    fn new(scratch: &Path) -> io::Result<Self> {
+        Ok(Self { windows: WindowWriter::new(scratch)?, skeleton: SkeletonWriter::new(scratch)? })
+    }
+}
+
+impl BuildSink for LayerSink {
     fn window(&mut self, span: SpanIx, raw: &[u8]) -> io::Result<()> {
-        self.0.append(span, raw)
+        self.windows.append(span, raw)
+    }
+
+    fn skeleton(&mut self, bytes: &[u8]) -> io::Result<()> {
+        self.skeleton.append(bytes)
     }
 }

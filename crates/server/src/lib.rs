@@ -12,6 +12,7 @@ mod layer;
 mod limits;
 pub mod listen;
 mod service;
+mod skeleton;
 pub mod store;
 pub mod windows;
 

@@ -118,6 +118,7 @@ impl Images for ImagesService {
     type ImportStream = Reply<v1::ImportProgress>;
     type GetImageStream = Reply<v1::GetImageResponse>;
     type GetWindowsStream = Reply<v1::GetWindowsResponse>;
+    type GetSkeletonStream = Reply<v1::GetSkeletonResponse>;
     type ReadFileStream = Reply<v1::ReadFileResponse>;
     type ReadDataStream = Reply<v1::ReadFileResponse>;
 
@@ -155,6 +156,23 @@ impl Images for ImagesService {
             end_span = request.end_span,
         );
         Inner::get_windows(Arc::clone(&self.inner), peer, request)
+            .instrument(span.clone())
+            .await
+            .map_err(|error| refused(&span, error))
+    }
+
+    async fn get_skeleton(
+        &self,
+        request: Request<v1::GetSkeletonRequest>,
+    ) -> Result<Response<Self::GetSkeletonStream>, Status> {
+        let peer = peer(&request);
+        let request = request.into_inner();
+        let span = info_span!(
+            "get_skeleton",
+            { names::IMAGE } = image_field(request.scope.as_ref()),
+            { names::LAYER } = %shown(&request.layer),
+        );
+        Inner::get_skeleton(Arc::clone(&self.inner), peer, request)
             .instrument(span.clone())
             .await
             .map_err(|error| refused(&span, error))
@@ -313,6 +331,28 @@ impl Inner {
                 let windows = windows.into_iter().map(Into::into).collect();
                 answer.send(v1::GetWindowsResponse { windows }).await?;
                 at = next;
+            }
+            Ok(())
+        }))
+    }
+
+    async fn get_skeleton(
+        self: Arc<Self>,
+        peer: Option<IpAddr>,
+        request: v1::GetSkeletonRequest,
+    ) -> Result<Response<Reply<v1::GetSkeletonResponse>>, ServeError> {
+        let permit = self.limits.admit(peer)?;
+        let caller = self.authorise(peer, request.scope).await?;
+        let (layer, _) = self.layer(&caller, &request.layer).await?;
+        let found = self.store.skeleton(&layer).await?;
+        let (size, mut pieces) =
+            found.ok_or_else(|| ServeError::NotFound { what: format!("layer {layer} has no skeleton here") })?;
+        Ok(stream(permit, async move |answer: Answer<v1::GetSkeletonResponse>| {
+            answer.send(v1::GetSkeletonResponse { size, packed: Vec::new() }).await?;
+            while let Some(piece) = pieces.try_next().await? {
+                for part in piece.chunks(CONTENT_PIECE) {
+                    answer.send(v1::GetSkeletonResponse { size: 0, packed: part.to_vec() }).await?;
+                }
             }
             Ok(())
         }))

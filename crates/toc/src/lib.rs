@@ -5,6 +5,7 @@ pub mod format;
 pub mod pack;
 pub mod range;
 pub mod read;
+mod skeleton;
 pub mod span;
 pub mod tar;
 
@@ -13,4 +14,5 @@ pub use format::{CHUNK_SIZE, DATA_ALIGN, FormatError};
 pub use pack::{pack, unpack};
 pub use range::{BlobRange, DataRange, FileRange, TarRange};
 pub use read::{Chunk, Span, Toc};
+pub use skeleton::Reassembled;
 pub use span::{Edge, SpanError, SpanExtractor};

@@ -76,11 +76,27 @@ pub enum Ineligible {
         /// The file.
         path: String,
     },
-    /// A name or value of an extended attribute that Linux does not take.
-    #[error("{path} has an extended attribute that is too long or has no name")]
+    /// A name, a value or a sum of extended attributes that not every kernel and file system takes.
+    #[error("{path} has an extended attribute that not every file system takes")]
     Xattr {
         /// The file.
         path: String,
+    },
+    /// containerd unpacks the lowest layer of an image by other rules than those above it, and a layer does not know where it will
+    /// be: here the two give different trees, or one of them none.
+    #[error("{path}: {what}, of which containerd makes one thing in the lowest layer and another above")]
+    PositionMatters {
+        /// The member.
+        path: String,
+        /// What it is.
+        what: &'static str,
+    },
+    /// A directory that no member describes was made in one that is described later: which group it inherits depends on layers
+    /// below.
+    #[error("directory {name} has no description, and that of its parent comes after it")]
+    Group {
+        /// Name of the directory in its parent.
+        name: String,
     },
     /// User or group 2^32-1, which `chown` takes for "leave it as it is".
     #[error("{path} has an owner that cannot be set")]
@@ -98,6 +114,11 @@ impl BuildError {
     /// Something is wrong with the member `path`.
     pub(super) fn member(path: &[u8], what: &str) -> Self {
         Self::Invalid { what: format!("{}: {what}", text(path)) }
+    }
+
+    /// The member `path` comes to something else in the lowest layer of an image.
+    pub(super) fn position_matters(path: &[u8], what: &'static str) -> Self {
+        Ineligible::PositionMatters { path: text(path), what }.into()
     }
 
     pub(super) const fn over(what: &'static str, limit: u64) -> Self {
