@@ -3,8 +3,9 @@
 use std::collections::BTreeMap;
 use std::io::{self, Read};
 
+use millstream_oci::{DiffId, Digest};
 use millstream_toc::format::{FormatError, Kind};
-use millstream_toc::{Budget, BuildOptions, BuildSink, Compression, DataRange, SpanExtractor, Toc, build};
+use millstream_toc::{Budget, BuildOptions, BuildSink, Compression, DataRange, Reassembled, SpanExtractor, Toc, build};
 
 /// Largest TOC and largest tar that is built, in bytes. Small, so that a run stays within its memory.
 pub const MOST: u64 = 4 << 20;
@@ -12,6 +13,7 @@ pub const MOST: u64 = 4 << 20;
 /// Everything that a build gives out beside the TOC.
 #[derive(Debug, Default)]
 struct Keep {
+    skeleton: Vec<u8>,
     windows: Vec<Vec<u8>>,
     chunks: BTreeMap<u32, (DataRange, Vec<u8>)>,
 }
@@ -26,6 +28,11 @@ impl BuildSink for Keep {
     fn chunk(&mut self, chunk: u32, data: DataRange, _: &[u8; 16], bytes: &[u8]) -> io::Result<()> {
         assert_eq!(data.len(), bytes.len() as u64);
         assert!(self.chunks.insert(chunk, (data, bytes.to_vec())).is_none());
+        Ok(())
+    }
+
+    fn skeleton(&mut self, bytes: &[u8]) -> io::Result<()> {
+        self.skeleton.extend_from_slice(bytes);
         Ok(())
     }
 }
@@ -139,10 +146,31 @@ pub fn build_and_read_back(blob: &[u8], compression: Compression) -> Option<Toc>
     for span in 0..toc.span_count() {
         read_back(&toc, &keep, blob, span);
     }
+    reassemble(&toc, &keep);
     for ix in 0..toc.chunk_count() {
         assert_eq!(toc.is_hole(ix), Ok(!keep.chunks.contains_key(&ix)), "chunk {ix}");
     }
     Some(toc)
+}
+
+/// The tar from its skeleton and the chunks.
+fn reassemble(toc: &Toc, keep: &Keep) {
+    let mut data = vec![0; usize::try_from(toc.data_size()).expect("in memory")];
+    let place = |range: &DataRange| {
+        let place = |at: u64| usize::try_from(at).expect("in memory");
+        place(range.start)..place(range.end)
+    };
+    for (range, bytes) in keep.chunks.values() {
+        data[place(range)].copy_from_slice(bytes);
+    }
+    let content = |range: DataRange, out: &mut [u8]| {
+        out.copy_from_slice(&data[place(&range)]);
+        Ok(())
+    };
+    let mut tar = Vec::new();
+    let mut reassembled = Reassembled::new(toc, &keep.skeleton[..], content).expect("in order");
+    reassembled.read_to_end(&mut tar).expect("both halves are whole");
+    assert_eq!(DiffId(Digest::of(&tar)), toc.diff_id());
 }
 
 /// From one span to the end of the blob: every chunk that lies behind its start, with the right bytes.
