@@ -39,7 +39,7 @@ test: toolchain tools ## all tests; needs root
 	tests/tools/test.sh --workspace
 
 unit: toolchain ## tests of the crates only
-	tests/tools/test.sh --workspace --exclude millstream-e2e
+	tests/tools/test.sh --workspace --exclude millstream-e2e --features millstream-wire/cri
 
 e2e: toolchain ## tests with real containerd, runc, registry and mounts only; needs root
 	cargo test --workspace --no-run --locked
