@@ -3,7 +3,7 @@
 # The oldest toolchain that can build it; Cargo.toml says the same to cargo.
 RUST := 1.90
 
-.PHONY: help build check fmt lint test unit e2e clients big demo bench docs deny tools toolchain
+.PHONY: help build check fmt lint test unit e2e clients big demo bench fuzz docs deny tools toolchain
 
 help: ## list the doors
 	@awk -F':.*## ' '/^[a-z0-9-]+:.*## / { printf "  make %-10s %s\n", $$1, $$2 }' Makefile
@@ -66,6 +66,9 @@ bench: toolchain ## the jobs of the demo five times each, on containerd 1.6 and 
 	tests/tools/install.sh
 	cargo build --release --workspace --bins --locked
 	target/release/millstream-demo --rounds 5 --containerd2
+
+fuzz: ## every fuzz target for FUZZ_SECONDS (300); needs cargo-fuzz and a nightly toolchain
+	tests/fuzz/run.sh
 
 docs: toolchain ## the documentation of the crates
 	RUSTDOCFLAGS="-D warnings" cargo doc --workspace --no-deps --locked

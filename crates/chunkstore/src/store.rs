@@ -164,7 +164,7 @@ impl Store {
             let entry = entry.map_err(|e| StoreError::io("list", &dir, e))?;
             let name = entry.file_name();
             if !known.iter().any(|hex| name.to_str() == Some(hex)) {
-                tracing::info!(path = %entry.path().display(), "removing what an interrupted admission left behind");
+                tracing::info!(file = %entry.path().display(), "removing what an interrupted admission left behind");
                 discard(&entry.path());
                 continue;
             }

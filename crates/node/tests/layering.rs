@@ -43,6 +43,7 @@ const ARROWS: [(&str, &[&str]); 17] = [
             "chunkstore",
             "fuse",
             "layerfs",
+            "metrics",
             "oci",
             "prefetch",
             "registry",
@@ -54,7 +55,7 @@ const ARROWS: [(&str, &[&str]); 17] = [
             "wire",
         ],
     ),
-    ("server", &["oci", "registry", "settings", "source", "toc", "wire"]),
+    ("server", &["metrics", "oci", "registry", "settings", "source", "toc", "wire"]),
     ("cli", &["settings", "wire"]),
     ("e2e", &["sys", "wire"]),
 ];

@@ -6,7 +6,7 @@ use std::time::Duration;
 
 use serde::{Deserialize, Serialize};
 
-use crate::{LogSettings, Schema, SettingsError, amount};
+use crate::{LogSettings, MetricsSettings, Schema, SettingsError, amount};
 
 /// Everything that can be set.
 #[derive(Debug, Clone, PartialEq, Deserialize, Serialize)]
@@ -27,6 +27,8 @@ pub struct Settings {
     pub fetch: FetchSettings,
     /// What is logged.
     pub log: LogSettings,
+    /// Where metrics and probes are shown.
+    pub metrics: MetricsSettings,
 }
 
 /// `[server]`: the remote file system service.
@@ -78,6 +80,7 @@ impl Default for Settings {
             registry: RegistrySettings::default(),
             fetch: FetchSettings::default(),
             log: LogSettings::default(),
+            metrics: MetricsSettings::default(),
         }
     }
 }

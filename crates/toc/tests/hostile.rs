@@ -27,7 +27,9 @@ fn judge(row: &Row) -> Result<(), String> {
             let diff_id = millstream_oci::Digest::of(&row.tar);
             if toc.diff_id().0 == diff_id { Ok(()) } else { Err("another diff ID".to_owned()) }
         }
-        (Expect::Declined(part), Err(error @ BuildError::Ineligible { .. })) if error.to_string().contains(part) => Ok(()),
+        (Expect::Declined(part), Err(error @ BuildError::Ineligible { .. })) if error.to_string().contains(part) => {
+            Ok(())
+        }
         (Expect::Refused(part), Err(error @ BuildError::Invalid { .. })) if error.to_string().contains(part) => Ok(()),
         (expect, built) => Err(format!("should be {expect:?}, is {:?}", built.map(|built| built.toc.len()))),
     }

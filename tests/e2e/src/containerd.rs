@@ -13,6 +13,7 @@ use anyhow::{Context as _, Result, ensure};
 use crate::installation::Installation;
 use crate::need::{CONTAINERD_2, containerd_dir, program};
 use crate::process::{Process, output, socket_accepts};
+use crate::registry::Login;
 use crate::workdir::Workdir;
 
 const READY: Duration = Duration::from_secs(30);
@@ -235,9 +236,18 @@ impl Containerd {
     ///
     /// If it does not end well.
     pub fn ctr(&self, namespace: &str, arguments: &[&str]) -> Result<String> {
+        output(&mut self.ctr_command(namespace, arguments)?)
+    }
+
+    /// `ctr` with these arguments, not started yet.
+    ///
+    /// # Errors
+    ///
+    /// If it is not installed.
+    pub fn ctr_command(&self, namespace: &str, arguments: &[&str]) -> Result<Command> {
         let mut command = Command::new(self.options.version.programs()?.join("ctr"));
         command.arg("--address").arg(self.socket()).args(["--namespace", namespace]).args(arguments);
-        output(&mut command)
+        Ok(command)
     }
 
     /// Pulls an image with `ctr`, the way that needs no CRI.
@@ -246,7 +256,7 @@ impl Containerd {
     ///
     /// If the pull fails.
     pub fn ctr_pull(&self, namespace: &str, image: &str) -> Result<()> {
-        self.ctr_pull_with(namespace, image, &[])
+        output(&mut self.ctr_pull_command(namespace, image, None, &[])?).map(drop)
     }
 
     /// The same with further options of `ctr image pull`.
@@ -255,11 +265,28 @@ impl Containerd {
     ///
     /// If the pull fails.
     pub fn ctr_pull_with(&self, namespace: &str, image: &str, options: &[&str]) -> Result<()> {
+        output(&mut self.ctr_pull_command(namespace, image, None, options)?).map(drop)
+    }
+
+    /// `ctr` that pulls an image, as somebody or as nobody and with further options, not started yet.
+    ///
+    /// # Errors
+    ///
+    /// If it is not installed.
+    pub fn ctr_pull_command(
+        &self,
+        namespace: &str,
+        image: &str,
+        login: Option<&Login>,
+        options: &[&str],
+    ) -> Result<Command> {
         let certs_d = self.options.certs_d.display().to_string();
+        let user = login.map(|login| format!("{}:{}", login.user, login.password));
         let mut arguments = vec!["image", "pull", "--hosts-dir", &certs_d, "--snapshotter", self.snapshotter()];
+        arguments.extend(user.iter().flat_map(|user| ["--user", user]));
         arguments.extend_from_slice(options);
         arguments.push(image);
-        self.ctr(namespace, &arguments).map(drop)
+        self.ctr_command(namespace, &arguments)
     }
 
     /// Runs a command in a new container with `ctr`, on the host's network, and returns its output.

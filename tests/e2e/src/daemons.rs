@@ -7,6 +7,8 @@ use std::process::Command;
 use std::time::Duration;
 
 use anyhow::{Context as _, Result};
+use millstream_wire::containerd::services::snapshots::v1::snapshots_client::SnapshotsClient;
+use millstream_wire::containerd::services::snapshots::v1::{Info, ListSnapshotsRequest};
 use millstream_wire::millstream::v1::node_client::NodeClient;
 use millstream_wire::millstream::v1::{
     ExplainRequest, ExplainResponse, SetHydrationRequest, SetStreamingRequest, StatusRequest, StatusResponse,
@@ -205,6 +207,24 @@ impl Node {
     /// If it does not answer.
     pub fn status(&self) -> Result<StatusResponse> {
         status_of(&self.socket())
+    }
+
+    /// All its snapshots, of whatever namespace, as garbage collection lists them.
+    ///
+    /// # Errors
+    ///
+    /// If it does not answer.
+    pub fn snapshots(&self) -> Result<Vec<Info>> {
+        let runtime = tokio::runtime::Builder::new_current_thread().enable_all().build()?;
+        runtime.block_on(async {
+            let mut client = SnapshotsClient::new(connect(&self.socket()).await?);
+            let mut list = client.list(ListSnapshotsRequest::default()).await?.into_inner();
+            let mut found = Vec::new();
+            while let Some(part) = list.message().await? {
+                found.extend(part.info);
+            }
+            Ok(found)
+        })
     }
 
     /// Why an image streams or why not.
