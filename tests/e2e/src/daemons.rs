@@ -211,6 +211,8 @@ pub struct ServerOptions {
     pub certs_d: PathBuf,
     /// Whether an image that a node asks for is imported without being told to.
     pub import_on_demand: bool,
+    /// Most files of a layer, where the default would take a test too long to exceed.
+    pub max_entries: Option<u64>,
 }
 
 /// A running `millstream-server`.
@@ -237,6 +239,17 @@ impl Server {
         let id = process.id();
         process.wait_ready(READY, || listens(id, port))?;
         Ok(Self { process })
+    }
+
+    /// Bytes of memory that it had at most so far.
+    ///
+    /// # Errors
+    ///
+    /// If it has ended.
+    pub fn peak_memory(&self) -> Result<u64> {
+        let status = std::fs::read_to_string(format!("/proc/{}/status", self.process.id()))?;
+        let line = status.lines().find_map(|line| line.strip_prefix("VmHWM:")).context("a process without memory")?;
+        Ok(line.trim().trim_end_matches(" kB").parse::<u64>()? * 1024)
     }
 
     /// Asks it to end.
@@ -318,6 +331,9 @@ fn server_settings(dir: &Path, options: &ServerOptions) -> Result<String> {
     }
     writeln!(text, "\n[registry]\nhosts_dir = {:?}", options.certs_d)?;
     writeln!(text, "\n[import]\non_demand = {}\nscratch = {scratch:?}", options.import_on_demand)?;
+    if let Some(entries) = options.max_entries {
+        writeln!(text, "\n[import.budget]\nentries = {entries}")?;
+    }
     text.push_str("\n[log]\nlevel = \"debug,h2=info,hyper=info,tonic=info,tower=info\"\n");
     Ok(text)
 }
