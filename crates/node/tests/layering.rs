@@ -55,7 +55,7 @@ const ARROWS: [(&str, &[&str]); 17] = [
         ],
     ),
     ("server", &["oci", "registry", "source", "toc", "wire"]),
-    ("cli", &["wire"]),
+    ("cli", &["containerd", "oci", "registry", "source", "toc", "wire"]),
     ("e2e", &["sys", "wire"]),
 ];
 
