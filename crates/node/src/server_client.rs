@@ -13,6 +13,7 @@ use async_trait::async_trait;
 use bytes::Bytes;
 use millstream_oci::{DiffId, Digest, ManifestDigest};
 use millstream_registry::Credential;
+use millstream_settings::node::ServerSettings;
 use millstream_source::{ContentSource, ErrorKind, SourceError, WindowSource};
 use millstream_toc::DataRange;
 use millstream_wire::millstream::v1 as wire;
@@ -20,8 +21,6 @@ use millstream_wire::millstream::v1::get_image_response::Part;
 use millstream_wire::millstream::v1::images_client::ImagesClient;
 use tonic::transport::{Certificate, Channel, ClientTlsConfig, Endpoint, Identity};
 use tonic::{Code, Status};
-
-use crate::settings::ServerSettings;
 
 /// Bytes of one message; the server sends TOCs and content in pieces well below.
 const MAX_MESSAGE: usize = 32 * 1024 * 1024;
