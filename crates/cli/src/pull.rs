@@ -87,8 +87,7 @@ pub(crate) async fn pull(arguments: &PullArguments, node: &Path, output: Output)
     let space = containerd.namespace(&arguments.namespace)?;
     // Before anything is fetched: who is not root learns it at once.
     containerd.version().await?;
-    let platform = arguments.platform.clone().unwrap_or_else(Platform::host);
-    let resolved = image::resolve(&repository, &image, &platform).await;
+    let resolved = image::resolve(&repository, &image, arguments.platform.as_ref()).await;
     let resolved = resolved.with_context(|| format!("resolving {image}"))?;
 
     let progress = Progress::new(&resolved);

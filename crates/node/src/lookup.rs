@@ -169,13 +169,16 @@ impl Lookup {
                 Ok(bytes) => parse_document(Some(&target.media_type), &bytes).ok(),
                 Err(_) => None,
             };
-            found.push(match document {
+            let manifest = match document {
                 Some(Document::Index(entries)) => match select_platform(&entries, &Platform::host()) {
                     Some(entry) => entry.digest,
                     None => continue,
                 },
                 _ => ManifestDigest(target.digest),
-            });
+            };
+            if !found.contains(&manifest) {
+                found.push(manifest);
+            }
         }
         Ok(())
     }
