@@ -39,8 +39,6 @@ const MAX_PLANS: usize = 256;
 
 /// Part of a decision's time that may go into finding out which image is meant.
 const LOOKUP: f32 = 0.3;
-/// Part of it that has to be left for another image to be tried.
-const ENOUGH: f32 = 0.3;
 
 /// Code of a layer that was given back while a decision said lazy.
 const RELEASED: &str = "node.released";
@@ -395,7 +393,11 @@ impl NodeImages {
             }
         };
         let mut first = None;
-        for wanted in candidates {
+        let count = candidates.len();
+        for (number, wanted) in candidates.into_iter().enumerate() {
+            // One that does not answer leaves time for the others.
+            let left = until.saturating_duration_since(Instant::now());
+            let until = Instant::now() + left / u32::try_from(count - number).unwrap_or(u32::MAX);
             if first.is_none() {
                 self.choose(&request, &wanted);
             }
@@ -406,9 +408,6 @@ impl NodeImages {
             }
             // What is wrong with the image that was touched last is the reason to show.
             first.get_or_insert(outcome);
-            if until.saturating_duration_since(Instant::now()) < self.deadline.mul_f32(ENOUGH) {
-                break;
-            }
         }
         first.unwrap_or_else(|| PrepareOutcome::deferred("labels.missing", "no image has this layer"))
     }

@@ -107,7 +107,7 @@ pub async fn run(settings: &Settings, inherited: Inheritance) -> anyhow::Result<
 
     let containerd = &settings.containerd.address;
     let lookup =
-        (!containerd.as_os_str().is_empty()).then(|| Lookup::new(Containerd::new(ContainerdOptions::new(containerd))));
+        (!containerd.as_os_str().is_empty()).then(|| Lookup::new(Containerd::new(ContainerdOptions::new(containerd)), settings.registry.hosts_dir.clone()));
 
     // mechanism
     let fetch = FetchOptions {

@@ -188,7 +188,10 @@ pub(crate) async fn source_label(
     space: &Namespace,
     digest: &Digest,
 ) -> Result<BTreeMap<String, String>, ContainerdError> {
-    let key = format!("containerd.io/distribution.source.{}", resolved.image.registry());
+    // Without the port, as containerd does it.
+    let registry = resolved.image.registry();
+    let host = registry.rsplit_once(':').map_or(registry, |(host, _)| host);
+    let key = format!("containerd.io/distribution.source.{host}");
     let before = match space.blob_info(digest).await {
         Ok(mut info) => info.labels.remove(&key).unwrap_or_default(),
         Err(ContainerdError::NotFound { .. }) => String::new(),
