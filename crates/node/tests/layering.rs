@@ -45,6 +45,7 @@ const ARROWS: [(&str, &[&str]); 18] = [
             "containerd",
             "fuse",
             "layerfs",
+            "metrics",
             "oci",
             "prefetch",
             "registry",
@@ -56,7 +57,7 @@ const ARROWS: [(&str, &[&str]); 18] = [
             "wire",
         ],
     ),
-    ("server", &["oci", "registry", "settings", "source", "toc", "wire"]),
+    ("server", &["metrics", "oci", "registry", "settings", "source", "toc", "wire"]),
     ("cli", &["containerd", "oci", "registry", "settings", "source", "toc", "wire"]),
     ("e2e", &["sys", "wire"]),
 ];

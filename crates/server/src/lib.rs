@@ -11,7 +11,9 @@ mod import;
 mod layer;
 mod limits;
 pub mod listen;
+mod metrics;
 mod service;
+mod skeleton;
 pub mod store;
 pub mod windows;
 
@@ -21,5 +23,6 @@ pub use error::ServeError;
 pub use import::ImportOptions;
 pub use limits::LimitOptions;
 pub use listen::{ListenError, ListenOptions, Listener, TlsFiles};
+pub use metrics::ServerMetrics;
 pub use service::{ImagesService, ServiceOptions};
 pub use store::{Store, StoreError};
