@@ -32,7 +32,7 @@ impl WantedLayer {
         match &self.media {
             LayerMedia::Tar(Compression::None) => Ok(build::Compression::Plain),
             LayerMedia::Tar(Compression::Gzip) => Ok(build::Compression::Gzip),
-            LayerMedia::Tar(Compression::Zstd) => Err("zstd layers are not supported".to_owned()),
+            LayerMedia::Tar(Compression::Zstd) => Ok(build::Compression::Zstd),
             LayerMedia::Foreign => Err("foreign layers are not in the registry".to_owned()),
             LayerMedia::Encrypted => Err("encrypted layers can be read by their key's holder only".to_owned()),
             LayerMedia::Unknown(media) => Err(format!("media type {media:?} is not known")),

@@ -2,6 +2,7 @@
 
 pub mod build;
 pub mod format;
+mod frames;
 pub mod pack;
 pub mod range;
 pub mod read;
@@ -10,6 +11,7 @@ pub mod tar;
 
 pub use build::{Budget, BuildError, BuildOptions, BuildSink, Built, Compression, Ineligible, build};
 pub use format::{CHUNK_SIZE, DATA_ALIGN, FormatError};
+pub use frames::FrameError;
 pub use pack::{pack, unpack};
 pub use range::{BlobRange, DataRange, FileRange, TarRange};
 pub use read::{Chunk, Span, Toc};

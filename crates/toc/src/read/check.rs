@@ -2,6 +2,7 @@
 
 use super::data::{MAX_WINDOW, tar_range};
 use super::{MAX_NAME, MAX_PATH, Table, Toc, damaged};
+use crate::build::Compression;
 use crate::format::{
     CHUNK_SIZE, ContentRecord, DATA_ALIGN, DirentRecord, FormatError, InodeIx, InodeRecord, Kind, MAX_SPAN, NONE,
     SHORT_DIGEST, XattrSetRecord,
@@ -33,7 +34,7 @@ const fn rule(held: bool, what: &'static str) -> Result<(), FormatError> {
 
 fn spans(toc: &Toc) -> Result<(), FormatError> {
     let records = toc.spans()?;
-    let plain = toc.header().compression.get() == 0;
+    let plain = toc.compression()? == Compression::Plain;
     rule(!plain || toc.blob_size() == toc.tar_size(), "plain blob is not its tar")?;
     rule(records.is_empty() == (toc.tar_size() == 0), "spans do not cover the tar")?;
     let mut blob_before = None;

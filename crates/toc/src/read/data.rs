@@ -1,9 +1,10 @@
 //! From the data address space to chunks and spans.
 
 use super::{Inode, Table, Toc, damaged, indices};
+use crate::build::Compression;
 use crate::format::{
-    CHUNK_SIZE, ChunkIx, ContentIx, ContentRecord, DATA_ALIGN, ExtentRecord, FormatError, NONE, SHORT_DIGEST, SpanIx,
-    SpanRecord,
+    CHUNK_SIZE, ChunkIx, ContentIx, ContentRecord, DATA_ALIGN, ExtentRecord, FormatError, NONE, SHORT_DIGEST,
+    START_DEFLATE, START_FRAME, START_MEMBER, START_PLAIN, SpanIx, SpanRecord,
 };
 use crate::range::{BlobRange, DataRange, TarRange};
 
@@ -28,6 +29,8 @@ pub enum SpanStart {
     Member,
     /// The bytes are not compressed.
     Plain,
+    /// With a zstd frame.
+    Frame,
 }
 
 /// A range of the blob that can be decompressed alone.
@@ -218,10 +221,11 @@ impl Toc {
         let (blob_end, tar_end) = next.map_or((self.blob_size(), self.tar_size()), |next| {
             (next.blob_off.get().saturating_add(u64::from(next.bits != 0)), next.tar_off.get())
         });
-        let start = match (record.start, self.header().compression.get()) {
-            (0, 1) if ix > 0 => SpanStart::Deflate,
-            (1, 1) => SpanStart::Member,
-            (2, 0) => SpanStart::Plain,
+        let start = match (record.start, self.compression()?) {
+            (START_DEFLATE, Compression::Gzip) if ix > 0 => SpanStart::Deflate,
+            (START_MEMBER, Compression::Gzip) => SpanStart::Member,
+            (START_PLAIN, Compression::Plain) => SpanStart::Plain,
+            (START_FRAME, Compression::Zstd) => SpanStart::Frame,
             _ => return Err(damaged("span starts in an impossible way")),
         };
         let (blob, tar) = (record.blob_off.get(), record.tar_off.get());
