@@ -36,7 +36,7 @@ pub(crate) fn rebuild(layer: &Layer, parts: mpsc::Receiver<Bytes>, budget: Budge
     };
     let mut blob = Parts { parts, current: Bytes::new(), left: toc.blob_size(), hash: Sha256::new() };
     let mut sink = Keeper { layer, toc, wrong: None, failed: None };
-    let built = build(&mut blob, &BuildOptions { compression, budget }, &mut sink);
+    let built = build(&mut blob, &BuildOptions { budget, ..BuildOptions::new(compression) }, &mut sink);
     if let Some(error) = sink.failed {
         return Verdict::Failed(store_failed(error));
     }

@@ -104,13 +104,26 @@ pub struct BuildOptions {
     pub compression: Compression,
     /// What the layer may cost.
     pub budget: Budget,
+    /// What to do with a layer that has closed spans.
+    pub closed_spans: ClosedSpans,
+}
+
+/// What becomes of a layer with a span of more than [`MAX_SPAN`](crate::format::MAX_SPAN) bytes of output, which nobody can
+/// enter for a small read.
+#[derive(Debug, Clone, Copy, PartialEq, Eq, Default)]
+pub enum ClosedSpans {
+    /// It gets its TOC like any other.
+    #[default]
+    Keep,
+    /// It is [`Ineligible::SpanTooLong`], as soon as that is known.
+    Decline,
 }
 
 impl BuildOptions {
-    /// Options with the default budget.
+    /// Options with the default budget, for any layer.
     #[must_use]
     pub fn new(compression: Compression) -> Self {
-        Self { compression, budget: Budget::default() }
+        Self { compression, budget: Budget::default(), closed_spans: ClosedSpans::default() }
     }
 }
 
@@ -153,7 +166,7 @@ pub struct Built {
 pub fn build(blob: impl Read, options: &BuildOptions, sink: &mut dyn BuildSink) -> Result<Built, BuildError> {
     let budget = &options.budget;
     let shared = Shared::new(sink);
-    let stream = TarStream::new(blob, options.compression, budget, &shared)?;
+    let stream = TarStream::new(blob, options, &shared)?;
     let limits =
         TarLimits { max_pax_bytes: budget.max_pax_bytes, max_name: budget.max_name, max_extents: budget.max_extents };
     let mut tar = TarReader::new(stream, limits);

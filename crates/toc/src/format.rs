@@ -13,7 +13,8 @@ pub const CHUNK_SIZE: u64 = 32 * 1024;
 pub const DATA_ALIGN: u64 = 4096;
 /// A checkpoint is made at the first block boundary after this many bytes of output.
 pub const SPAN_SIZE: u64 = 1024 * 1024;
-/// A span may not be longer than this many bytes of output.
+/// A span with more bytes of output than this is closed: nobody enters it. Its content is read elsewhere or with the whole
+/// blob.
 pub const MAX_SPAN: u64 = 16 * 1024 * 1024;
 /// A zstd frame may not ask for more history than this many bytes: as much as `zstd` itself decompresses without being told
 /// to. containerd takes four times as much.

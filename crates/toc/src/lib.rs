@@ -9,7 +9,7 @@ pub mod read;
 pub mod span;
 pub mod tar;
 
-pub use build::{Budget, BuildError, BuildOptions, BuildSink, Built, Compression, Ineligible, build};
+pub use build::{Budget, BuildError, BuildOptions, BuildSink, Built, ClosedSpans, Compression, Ineligible, build};
 pub use format::{CHUNK_SIZE, DATA_ALIGN, FormatError};
 pub use frames::FrameError;
 pub use pack::{pack, unpack};

@@ -28,6 +28,12 @@ pub enum SpanError {
         /// Length that was given.
         found: usize,
     },
+    /// The span is closed.
+    #[error("span {span} is too long to be entered")]
+    Closed {
+        /// The span.
+        span: SpanIx,
+    },
     /// The bytes cannot be decompressed: they are not those of the blob, or the window is not that of the span.
     #[error("cannot decompress at byte {tar_off} of the tar")]
     Inflate {
@@ -117,11 +123,14 @@ impl<'t> SpanExtractor<'t> {
     /// [`Toc::verify_window`].
     ///
     /// # Errors
-    /// [`SpanError::Window`] for a wrong length, [`SpanError::Toc`] when there is no such span.
+    /// [`SpanError::Window`] for a wrong length, [`SpanError::Closed`], [`SpanError::Toc`] when there is no such span.
     pub fn new(toc: &'t Toc, first: SpanIx, window: &[u8]) -> Result<Self, SpanError> {
         let span = toc.span(first)?;
         if window.len() != span.window_len as usize {
             return Err(SpanError::Window { span: first, expected: span.window_len, found: window.len() });
+        }
+        if span.is_closed() {
+            return Err(SpanError::Closed { span: first });
         }
         let inflate = |error| SpanError::Inflate { tar_off: span.tar.start, error };
         let state = match span.start {

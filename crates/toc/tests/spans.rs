@@ -9,8 +9,8 @@ use std::io::{self, Read, Write};
 use archive::{Entry, archive as tar_of, dir, file, frame, gzip, noise, skippable, sparse};
 use flate2::write::GzEncoder;
 use millstream_toc::{
-    BuildError, BuildOptions, BuildSink, Chunk, Compression, DataRange, Ineligible, SpanError, SpanExtractor, Toc,
-    build, pack, unpack,
+    BuildError, BuildOptions, BuildSink, Chunk, ClosedSpans, Compression, DataRange, Ineligible, SpanError,
+    SpanExtractor, Toc, build, pack, unpack,
 };
 use proptest::prelude::*;
 
@@ -278,11 +278,43 @@ fn one_block(zeros: usize) -> Vec<u8> {
     blob
 }
 
+/// Options that decline what cannot be entered.
+fn open_spans(compression: Compression) -> BuildOptions {
+    BuildOptions { closed_spans: ClosedSpans::Decline, ..BuildOptions::new(compression) }
+}
+
+#[test]
+fn long_stretches_are_closed_spans_or_declined() {
+    let tar = tar_of(&[
+        file("before", &noise(1_500_000, 1)),
+        file("long", &noise(17 << 20, 2)),
+        file("after", &noise(3_000_000, 3)),
+    ]);
+    // "before" alone, "long" with a little of both neighbours in one go, the rest in pieces.
+    let (first, rest) = tar.split_at(1_200_000);
+    let (long, last) = rest.split_at(18 << 20);
+    let blob: Vec<u8> = [first, long].into_iter().chain(last.chunks(500_000)).flat_map(|part| frame(part, 1)).collect();
+    let (toc, keep) = built(&blob[..], Compression::Zstd);
+    assert!(toc.has_closed_spans().unwrap());
+    let closed: Vec<_> = (0..toc.span_count()).filter(|ix| toc.span(*ix).unwrap().is_closed()).collect();
+    assert_eq!(closed, [1]);
+    assert_eq!(SpanExtractor::new(&toc, 1, &[]).unwrap_err(), SpanError::Closed { span: 1 });
+    for (data, bytes) in keep.chunks.values() {
+        let spans = toc.spans_for(*data).unwrap();
+        assert_eq!(toc.is_closed(*data).unwrap(), spans.contains(&1), "{spans:?}");
+        assert!(!bytes.is_empty());
+    }
+    let open = (2..toc.span_count()).map(|ix| extract(&toc, &keep, &blob, ix, ix, 10_000).unwrap().len());
+    assert!(open.sum::<usize>() > 20);
+    let reason = Ineligible::SpanTooLong { end: "zstd frame", start: 1_200_000, limit: 16 << 20 };
+    let declined = build(&blob[..], &open_spans(Compression::Zstd), &mut ());
+    assert!(matches!(declined, Err(BuildError::Ineligible { reason: found }) if found == reason));
+}
+
 #[test]
 fn long_block_makes_a_layer_ineligible() {
-    let result =
-        |mebibytes: usize| build(&one_block(mebibytes << 20)[..], &BuildOptions::new(Compression::Gzip), &mut ());
-    let reason = Ineligible::SpanTooLong { start: 0, limit: 16 << 20 };
+    let result = |mebibytes: usize| build(&one_block(mebibytes << 20)[..], &open_spans(Compression::Gzip), &mut ());
+    let reason = Ineligible::SpanTooLong { end: "deflate block", start: 0, limit: 16 << 20 };
     assert!(matches!(result(17), Err(BuildError::Ineligible { reason: found }) if found == reason));
     // Short enough, so that only the missing end is wrong with it.
     assert!(matches!(result(15), Err(BuildError::Invalid { what }) if what.contains("ends in the middle")));

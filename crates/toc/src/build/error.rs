@@ -47,17 +47,12 @@ pub enum Ineligible {
         /// The missing file.
         target: String,
     },
-    /// A deflate block is so long that no checkpoint can be made in time.
-    #[error("no deflate block ends within {limit} bytes of output after byte {start} of the tar")]
+    /// A deflate block or zstd frame is so long that no checkpoint can be made in time. Only with
+    /// [`ClosedSpans::Decline`](super::ClosedSpans::Decline).
+    #[error("no {end} ends within {limit} bytes of output after byte {start} of the tar")]
     SpanTooLong {
-        /// Where the span starts in the tar.
-        start: u64,
-        /// [`MAX_SPAN`](crate::format::MAX_SPAN).
-        limit: u64,
-    },
-    /// A zstd frame is so long that no other one begins in time.
-    #[error("no zstd frame ends within {limit} bytes of output after byte {start} of the tar")]
-    FrameTooLong {
+        /// `deflate block` or `zstd frame`.
+        end: &'static str,
         /// Where the span starts in the tar.
         start: u64,
         /// [`MAX_SPAN`](crate::format::MAX_SPAN).

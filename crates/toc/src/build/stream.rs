@@ -9,9 +9,9 @@ use std::io::{self, Read};
 use millstream_inflate::WINDOW_SIZE;
 use sha2::{Digest as _, Sha256};
 
-use super::error::BuildError;
-use super::{Budget, BuildSink, Compression};
-use crate::format::{SHORT_DIGEST, SPAN_SIZE, START_FRAME, START_MEMBER, START_PLAIN, SpanIx, SpanRecord};
+use super::error::{BuildError, Ineligible};
+use super::{BuildOptions, BuildSink, ClosedSpans, Compression};
+use crate::format::{MAX_SPAN, SHORT_DIGEST, SPAN_SIZE, START_FRAME, START_MEMBER, START_PLAIN, SpanIx, SpanRecord};
 use crate::frames::Frames;
 
 /// Compressed bytes read at once.
@@ -64,7 +64,7 @@ enum Codec {
 pub(super) struct TarStream<'s, R> {
     blob: R,
     shared: &'s Shared<'s>,
-    budget: &'s Budget,
+    options: &'s BuildOptions,
     codec: Codec,
     blob_hash: Sha256,
     tar_hash: Sha256,
@@ -87,13 +87,8 @@ pub(super) struct TarStream<'s, R> {
 }
 
 impl<'s, R: Read> TarStream<'s, R> {
-    pub(super) fn new(
-        blob: R,
-        compression: Compression,
-        budget: &'s Budget,
-        shared: &'s Shared<'s>,
-    ) -> Result<Self, BuildError> {
-        let (start, codec) = match compression {
+    pub(super) fn new(blob: R, options: &'s BuildOptions, shared: &'s Shared<'s>) -> Result<Self, BuildError> {
+        let (start, codec) = match options.compression {
             Compression::Plain => (START_PLAIN, Codec::Plain),
             Compression::Gzip => (START_MEMBER, Codec::Gzip(gzip::Members::new()?)),
             Compression::Zstd => (START_FRAME, Codec::Zstd(Box::new(Frames::new().map_err(zstd::failed)?))),
@@ -101,7 +96,7 @@ impl<'s, R: Read> TarStream<'s, R> {
         Ok(Self {
             blob,
             shared,
-            budget,
+            options,
             codec,
             blob_hash: Sha256::new(),
             tar_hash: Sha256::new(),
@@ -148,7 +143,10 @@ impl<'s, R: Read> TarStream<'s, R> {
             Codec::Gzip(_) => self.fill_gzip()?,
             Codec::Zstd(_) => self.fill_zstd()?,
         };
-        let budget = self.budget;
+        if self.options.closed_spans == ClosedSpans::Decline && self.tar_made - self.span_start > MAX_SPAN {
+            return Err(self.too_long());
+        }
+        let budget = &self.options.budget;
         if self.tar_made > budget.max_tar_size {
             return Err(BuildError::over("bytes of tar", budget.max_tar_size));
         }
@@ -157,6 +155,11 @@ impl<'s, R: Read> TarStream<'s, R> {
             return Err(BuildError::over("bytes of tar per byte of blob", budget.max_ratio));
         }
         Ok(produced)
+    }
+
+    fn too_long(&self) -> BuildError {
+        let end = if matches!(self.codec, Codec::Zstd(_)) { "zstd frame" } else { "deflate block" };
+        Ineligible::SpanTooLong { end, start: self.span_start, limit: MAX_SPAN }.into()
     }
 
     fn fill_plain(&mut self) -> Result<usize, BuildError> {

@@ -4,8 +4,8 @@ use super::data::{MAX_WINDOW, tar_range};
 use super::{MAX_NAME, MAX_PATH, Table, Toc, damaged};
 use crate::build::Compression;
 use crate::format::{
-    CHUNK_SIZE, ContentRecord, DATA_ALIGN, DirentRecord, FormatError, InodeIx, InodeRecord, Kind, MAX_SPAN, NONE,
-    SHORT_DIGEST, XattrSetRecord,
+    CHUNK_SIZE, ContentRecord, DATA_ALIGN, DirentRecord, FormatError, InodeIx, InodeRecord, Kind, NONE, SHORT_DIGEST,
+    XattrSetRecord,
 };
 
 /// Largest value of an extended attribute, in bytes (Linux' `XATTR_SIZE_MAX`).
@@ -45,7 +45,6 @@ fn spans(toc: &Toc) -> Result<(), FormatError> {
         }
         rule(blob_before < Some(span.blob.start), "spans are not ascending")?;
         blob_before = Some(span.blob.start);
-        rule(span.tar.len() <= MAX_SPAN, "span is too long")?;
         rule(!plain || span.blob.start == span.tar.start, "plain span is not at its own place")?;
         rule(record.reserved.get() == 0, "reserved field of a span is not zero")?;
         let no_digest = span.window_digest == [0; SHORT_DIGEST];

@@ -3,7 +3,7 @@
 use super::{Inode, Table, Toc, damaged, indices};
 use crate::build::Compression;
 use crate::format::{
-    CHUNK_SIZE, ChunkIx, ContentIx, ContentRecord, DATA_ALIGN, ExtentRecord, FormatError, NONE, SHORT_DIGEST,
+    CHUNK_SIZE, ChunkIx, ContentIx, ContentRecord, DATA_ALIGN, ExtentRecord, FormatError, MAX_SPAN, NONE, SHORT_DIGEST,
     START_DEFLATE, START_FRAME, START_MEMBER, START_PLAIN, SpanIx, SpanRecord,
 };
 use crate::range::{BlobRange, DataRange, TarRange};
@@ -50,6 +50,14 @@ pub struct Span {
     pub window_len: u32,
     /// BLAKE3 of the raw window, truncated; zero when there is none.
     pub window_digest: [u8; SHORT_DIGEST],
+}
+
+impl Span {
+    /// Whether nobody enters it, because that would give too much output for a small read.
+    #[must_use]
+    pub const fn is_closed(&self) -> bool {
+        self.tar.end - self.tar.start > MAX_SPAN
+    }
 }
 
 impl Toc {
@@ -247,6 +255,34 @@ impl Toc {
             window_len: window,
             window_digest: record.window_digest,
         })
+    }
+
+    /// Whether a byte of `range` is stored in a closed span, so that it does not come out of spans.
+    ///
+    /// # Errors
+    ///
+    /// When a record is damaged.
+    pub fn is_closed(&self, range: DataRange) -> Result<bool, FormatError> {
+        for ix in self.spans_for(range)? {
+            if self.span(ix)?.is_closed() {
+                return Ok(true);
+            }
+        }
+        Ok(false)
+    }
+
+    /// Whether any span is closed. Looks at all of them.
+    ///
+    /// # Errors
+    ///
+    /// When a record is damaged.
+    pub fn has_closed_spans(&self) -> Result<bool, FormatError> {
+        for ix in 0..self.span_count() {
+            if self.span(ix)?.is_closed() {
+                return Ok(true);
+            }
+        }
+        Ok(false)
     }
 
     /// Whether `window` is the raw window of span `ix`: the empty one where it needs none.

@@ -7,7 +7,7 @@ use sha2::Digest as _;
 
 use super::{Codec, TarStream, record, short_digest};
 use crate::build::error::{BuildError, Ineligible};
-use crate::format::{MAX_SPAN, SPAN_SIZE, START_DEFLATE, START_MEMBER};
+use crate::format::{SPAN_SIZE, START_DEFLATE, START_MEMBER};
 
 /// First bytes by which containerd tells gzip.
 const MAGIC: [u8; 3] = [0x1f, 0x8b, 8];
@@ -69,8 +69,6 @@ impl<R: Read> TarStream<'_, R> {
         self.made(progress.produced)?;
         if progress.at_block_boundary && self.checkpoint_due() {
             self.checkpoint_in_member(member, &progress);
-        } else if self.tar_made - self.span_start > MAX_SPAN {
-            return Err(Ineligible::SpanTooLong { start: self.span_start, limit: MAX_SPAN }.into());
         }
         let idle = progress.consumed == 0 && progress.produced == 0;
         if idle && !progress.stream_end && !progress.at_block_boundary && !starved {

@@ -6,7 +6,7 @@ use sha2::Digest as _;
 
 use super::{Codec, TarStream, record};
 use crate::build::error::{BuildError, Ineligible};
-use crate::format::{MAX_SPAN, START_FRAME};
+use crate::format::START_FRAME;
 use crate::frames::FrameError;
 
 impl<R: Read> TarStream<'_, R> {
@@ -51,9 +51,6 @@ impl<R: Read> TarStream<'_, R> {
         self.input_at += progress.consumed;
         self.tar_hash.update(&output[..progress.produced]);
         self.made(progress.produced)?;
-        if self.tar_made - self.span_start > MAX_SPAN {
-            return Err(Ineligible::FrameTooLong { start: self.span_start, limit: MAX_SPAN }.into());
-        }
         Ok((progress.consumed, progress.produced))
     }
 
