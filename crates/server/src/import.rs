@@ -17,7 +17,7 @@ use tokio::task::JoinSet;
 
 use crate::ServeError;
 use crate::content::Content;
-use crate::layer::{Outcome, WantedLayer, import_layer};
+use crate::layer::{Means, Outcome, WantedLayer, import_layer};
 use crate::store::{ImageLayer, ImageRecord, Store};
 
 /// Configs of real images have tens of kilobytes.
@@ -38,6 +38,9 @@ pub struct ImportOptions {
     pub deadline: Duration,
     /// Directory for files that live as long as one layer's import.
     pub scratch: PathBuf,
+    /// Layers that cannot be entered every 16 MiB of output are kept as packed content, if they have at most this many bytes
+    /// of it; zero: none are, and such layers cannot be streamed.
+    pub packed_max: u64,
 }
 
 impl Default for ImportOptions {
@@ -47,6 +50,7 @@ impl Default for ImportOptions {
             builders: std::thread::available_parallelism().map_or(1, usize::from),
             deadline: Duration::from_secs(3600),
             scratch: std::env::temp_dir(),
+            packed_max: 16 << 30,
         }
     }
 }
@@ -196,7 +200,8 @@ impl Importer {
                     Outcome::Ready
                 } else {
                     let _builder = self.builders.acquire().await;
-                    import_layer(&self.store, &self.options.scratch, repository, layer, compression, &count).await?
+                    let means = Means { scratch: self.options.scratch.clone(), packed_max: self.options.packed_max };
+                    import_layer(&self.store, &means, repository, layer, compression, &count).await?
                 }
             }
         };

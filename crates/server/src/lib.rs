@@ -8,13 +8,13 @@ mod content;
 mod convert;
 mod error;
 mod import;
+mod items;
 mod layer;
 mod limits;
 pub mod listen;
+mod packed;
 mod service;
 pub mod store;
-pub mod windows;
-
 pub use access::AccessOptions;
 pub use content::ContentOptions;
 pub use error::ServeError;

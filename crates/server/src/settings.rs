@@ -99,6 +99,9 @@ pub(crate) struct ImportSettings {
     pub(crate) deadline: Duration,
     /// Directory for files that live as long as one layer's import.
     pub(crate) scratch: PathBuf,
+    /// Bytes of file content up to which a layer that cannot be entered often enough is kept packed; `"0B"`: never.
+    #[serde(deserialize_with = "size")]
+    pub(crate) packed_max: u64,
 }
 
 /// `[cache]`.
@@ -165,8 +168,8 @@ impl Default for LimitSettings {
 
 impl Default for ImportSettings {
     fn default() -> Self {
-        let ImportOptions { images, deadline, .. } = ImportOptions::default();
-        Self { on_demand: false, images, builders: 0, deadline, scratch: "/var/tmp".into() }
+        let ImportOptions { images, deadline, packed_max, .. } = ImportOptions::default();
+        Self { on_demand: false, images, builders: 0, deadline, scratch: "/var/tmp".into(), packed_max }
     }
 }
 
@@ -256,6 +259,7 @@ impl Settings {
             images: self.import.images,
             deadline: self.import.deadline,
             scratch: self.import.scratch.clone(),
+            packed_max: self.import.packed_max,
             ..ImportOptions::default()
         };
         if self.import.builders > 0 {
@@ -336,6 +340,7 @@ mod tests {
             ("[import]\ndeadline = \"10\"", "duration"),
             ("[access]\nremember_allowed = \"1d\"", "access"),
             ("[cache]\ntocs = \"64MB\"", "size"),
+            ("[import]\npacked_max = false", "packed_max"),
             ("[cache]\nchunks = \"99999999999GiB\"", "size"),
         ] {
             let error = format!("{:#}", Settings::parse(text).unwrap_err());

@@ -138,6 +138,15 @@ impl Toc {
         if digest == [0; SHORT_DIGEST] { Err(damaged("digest of a chunk is zero")) } else { Ok(digest) }
     }
 
+    /// Whether `bytes` are those of chunk `ix`.
+    ///
+    /// # Errors
+    ///
+    /// When there is no such chunk, or its digest is gone.
+    pub fn verify_chunk(&self, ix: ChunkIx, bytes: &[u8]) -> Result<bool, FormatError> {
+        Ok(blake3::hash(bytes).as_bytes()[..SHORT_DIGEST] == self.chunk_digest(ix)?)
+    }
+
     /// The content that chunk `ix` is part of.
     ///
     /// # Errors
