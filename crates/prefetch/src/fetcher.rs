@@ -1,16 +1,15 @@
 //! The front door: layers come and go, readers ask for ranges.
 
 use std::collections::HashMap;
-use std::ops::Range;
 use std::sync::{Arc, PoisonError, RwLock};
 
 use bytes::Bytes;
 use millstream_chunkstore::{Layer, LayerState};
 use millstream_oci::Digest;
 use millstream_source::{ErrorKind, Priority, SourceError, names};
-use millstream_toc::DataRange;
-use millstream_toc::format::{FormatError, SpanIx};
+use millstream_toc::format::FormatError;
 use millstream_toc::read::Chunk;
+use millstream_toc::{DataRange, Toc};
 use tokio::runtime::Handle;
 
 use crate::attached::{Attached, ImageSources};
@@ -22,7 +21,7 @@ use crate::flight::{self, Flight};
 use crate::gate::{Gate, Urgency};
 use crate::hydrate::{Hydration, Progress};
 use crate::options::FetchOptions;
-use crate::plan::{self, Bounds, Group, Need};
+use crate::plan::{self, Bounds, Group, Need, Way};
 use crate::queue::Limits;
 use crate::windows::Windows;
 
@@ -191,7 +190,8 @@ impl Fetcher {
         let mut flights = attached.flights();
         let mut joined: Vec<Arc<Flight>> = Vec::new();
         let mut rest = Vec::new();
-        for chunk in chunks {
+        let missing = plan::divide(toc, chunks).map_err(toc_failed)?;
+        for chunk in &missing.open {
             for need in self.needs(attached, *chunk, halves).map_err(toc_failed)? {
                 match flights.iter().find(|flight| flight.covers(&need.spans)) {
                     None => rest.push(need),
@@ -200,13 +200,29 @@ impl Fetcher {
                 }
             }
         }
+        let mut closed = missing.closed;
+        closed.retain(|chunk| match flights.iter().find(|flight| flight.brings(chunk)) {
+            None => !attached.layer.has(chunk.ix),
+            Some(flight) => {
+                if !joined.iter().any(|other| Arc::ptr_eq(other, flight)) {
+                    joined.push(flight.clone());
+                }
+                false
+            }
+        });
         for flight in &joined {
             flight.urgency.raise(&self.shared.gate, priority);
         }
-        for mut group in plan::plan(toc, &rest, self.bounds(priority)).map_err(toc_failed)? {
-            if priority == Priority::Demand {
-                self.read_on(attached, &mut group).map_err(toc_failed)?;
+        let mut groups = plan::plan(toc, &rest, self.bounds(priority)).map_err(toc_failed)?;
+        if priority == Priority::Demand {
+            for group in &mut groups {
+                self.read_on(attached, group).map_err(toc_failed)?;
             }
+        }
+        let wanted =
+            |chunk: &Chunk| !attached.layer.has(chunk.ix) && !flights.iter().any(|flight| flight.brings(chunk));
+        groups.extend(plan::blocks(toc, &closed, wanted).map_err(toc_failed)?);
+        for group in groups {
             let flight = self.start(attached, group, priority);
             flights.push(flight.clone());
             joined.push(flight);
@@ -240,26 +256,28 @@ impl Fetcher {
     fn read_on(&self, attached: &Attached, group: &mut Group) -> Result<(), FormatError> {
         let options = &self.shared.options;
         let toc = attached.layer.toc();
-        let end = attached.fetched().read_on(&group.spans, options.near, options.near_fetched, options.read_on);
-        for next in group.spans.end..end.min(toc.span_count()) {
+        let Way::Spans { spans, blob } = &mut group.way else { return Ok(()) };
+        let end = attached.fetched().read_on(spans, options.near, options.near_fetched, options.read_on);
+        for next in spans.end..end.min(toc.span_count()) {
             let span = toc.span(next)?;
-            if span.blob.start < attached.hydration.blob_bytes() {
+            if span.is_closed() || span.blob.start < attached.hydration.blob_bytes() {
                 break;
             }
-            group.spans.end = next + 1;
-            group.blob.end = span.blob.end;
+            spans.end = next + 1;
+            blob.end = span.blob.end;
         }
         Ok(())
     }
 
     fn start(&self, attached: &Arc<Attached>, group: Group, priority: Priority) -> Arc<Flight> {
-        let spans: Range<SpanIx> = group.spans.clone();
-        attached.fetched().note(&spans);
+        if let Way::Spans { spans, .. } = &group.way {
+            attached.fetched().note(spans);
+        }
         tracing::debug!(
-            { names::LAYER } = %attached.layer.digest(), ?spans, bytes = group.blob.len(), chunks = group.chunks.len(),
-            ?priority, "fetching",
+            { names::LAYER } = %attached.layer.digest(), way = ?group.way, chunks = group.chunks.len(), ?priority,
+            "fetching",
         );
-        let flight = Arc::new(Flight::new(attached.layer.clone(), self.shared.edges.clone(), spans, priority));
+        let flight = Arc::new(Flight::new(attached.layer.clone(), self.shared.edges.clone(), &group, priority));
         let task = flight::fly(self.shared.clone(), attached.clone(), flight.clone(), group);
         self.shared.runtime.spawn(task);
         flight
@@ -313,9 +331,7 @@ impl Fetcher {
         let sink: Arc<dyn ChunkSink> = memory.clone();
         let urgency = Urgency::new(Priority::Demand);
         let toc = attached.layer.toc();
-        let groups =
-            plan::whole(toc, &missing).and_then(|needs| plan::plan(toc, &needs, self.bounds(Priority::Demand)));
-        let groups = groups.map_err(toc_failed)?;
+        let groups = self.unstored_groups(toc, &missing).map_err(toc_failed)?;
         let all = async {
             for group in &groups {
                 let attempt =
@@ -328,6 +344,16 @@ impl Fetcher {
         let work = bounded(self.shared.options.read_deadline, "missing chunks", all);
         attached.cancel.run_until_cancelled(work).await.ok_or_else(ended)??;
         Ok(Bytes::from(memory.take()))
+    }
+
+    /// Groups that bring just these chunks.
+    fn unstored_groups(&self, toc: &Toc, missing: &[Chunk]) -> Result<Vec<Group>, FormatError> {
+        let missing = plan::divide(toc, missing)?;
+        let mut groups = plan::plan(toc, &plan::whole(toc, &missing.open)?, self.bounds(Priority::Demand))?;
+        if !missing.closed.is_empty() {
+            groups.push(Group { way: Way::Content, chunks: missing.closed });
+        }
+        Ok(groups)
     }
 
     /// Queues a layer to be made wholly local. Layers are done in the order of these calls; a call for one that is queued,
