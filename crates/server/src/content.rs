@@ -21,8 +21,8 @@ use tokio::sync::{OwnedSemaphorePermit, Semaphore};
 use crate::ServeError;
 use crate::blob::{ChannelReader, channel, pump};
 use crate::bounded::Bounded;
-use crate::packed;
 use crate::store::Store;
+use crate::{packed, pieces};
 
 /// Bytes of memory for what was read lately.
 #[derive(Debug, Clone)]
@@ -215,15 +215,15 @@ impl Content {
         unpacked.await?.ok_or_else(damaged)
     }
 
-    /// Whether `source` really has the blob of `toc`: reads one chunk, chosen by chance, past every cache. `Ok(false)` when
-    /// the layer has no content to ask for, or closed spans: a chunk from elsewhere would prove a part only.
+    /// Whether `source` really has the blob of `toc`: reads one chunk, chosen by chance, past every cache, or where spans are
+    /// closed one piece of the blob. `Ok(false)` when the layer has no content to ask for.
     ///
     /// A TOC is found by the blob's digest alone, and a digest is no secret. Who cannot show the bytes is not given what is
     /// derived from them.
     pub(crate) async fn prove(&self, toc: &Arc<Toc>, source: &dyn BlobSource) -> Result<bool, ServeError> {
         let blob = toc.blob_digest();
         if toc.has_closed_spans().map_err(toc_error(&blob))? {
-            return Ok(false);
+            return self.prove_piece(&blob, toc.blob_size(), source).await;
         }
         let seed = RandomState::new();
         let Some(count) = Some(u64::from(toc.chunk_count())).filter(|count| *count > 0) else { return Ok(false) };
@@ -243,6 +243,26 @@ impl Content {
             return Err(ServeError::Mismatch { what });
         }
         Ok(false)
+    }
+
+    async fn prove_piece(&self, blob: &Digest, size: u64, source: &dyn BlobSource) -> Result<bool, ServeError> {
+        let (ix, range) = pieces::choose(size, RandomState::new().hash_one(size));
+        let expected = self.store.piece(blob, ix).await?;
+        let (sender, mut reader) = channel();
+        let read = blocking(move || {
+            let mut bytes = Vec::new();
+            while let Some(piece) = reader.next() {
+                bytes.extend_from_slice(&piece);
+            }
+            bytes
+        });
+        let (pumped, bytes) = tokio::join!(pump(source, blob, range, sender, &|_| ()), read);
+        pumped?;
+        if pieces::matches(&bytes?, &expected) {
+            return Ok(true);
+        }
+        let what = format!("layer {blob}: bytes {range} of the registry are not those of the blob");
+        Err(ServeError::Mismatch { what })
     }
 
     /// Fetches the consecutive `spans` and decompresses them. All chunks that come out go to the cache, the `wanted` ones

@@ -17,6 +17,7 @@ use crate::blob::{ChannelReader, channel, pump};
 use crate::content::blocking;
 use crate::items::{ItemFile, ItemWriter};
 use crate::packed::Packer;
+use crate::pieces::PieceReader;
 use crate::store::{LayerRecord, Store};
 
 /// Windows are short: more effort buys little.
@@ -162,23 +163,26 @@ struct NewLayer {
     windows: ItemFile,
     /// Whether it has closed spans.
     closed: bool,
-    packed: Option<ItemFile>,
+    /// Its content, and the digests of its blob's pieces.
+    packed: Option<(ItemFile, Vec<u8>)>,
 }
 
-fn build_layer(mut reader: ChannelReader, options: &BuildOptions, mut sink: Sink) -> Result<NewLayer, NotBuilt> {
+fn build_layer(reader: ChannelReader, options: &BuildOptions, mut sink: Sink) -> Result<NewLayer, NotBuilt> {
+    let mut reader = PieceReader::new(reader);
     let built = build(&mut reader, options, &mut sink);
     if sink.too_much {
         return Err(NotBuilt::TooMuch);
     }
     let Built { toc, .. } = built.map_err(NotBuilt::Build)?;
-    finish(toc, sink).map_err(|error| NotBuilt::Build(BuildError::Sink(error)))
+    finish(toc, sink, reader.finish()).map_err(|error| NotBuilt::Build(BuildError::Sink(error)))
 }
 
-fn finish(toc: Vec<u8>, sink: Sink) -> io::Result<NewLayer> {
+fn finish(toc: Vec<u8>, sink: Sink, pieces: Vec<u8>) -> io::Result<NewLayer> {
     let packed_toc = pack(&toc);
     let toc = Toc::open(toc).map_err(io::Error::other)?;
     let closed = toc.has_closed_spans().map_err(io::Error::other)?;
     let packed = sink.packer.filter(|_| closed).map(|packer| packer.finish(toc.data_size())).transpose()?;
+    let packed = packed.map(|packed| (packed, pieces));
     let record = LayerRecord {
         format: VERSION,
         toc: toc.digest(),
@@ -199,8 +203,9 @@ async fn store_layer(store: &Store, wanted: &WantedLayer, layer: NewLayer) -> Re
     wanted.compare(layer.record.diff_id, layer.record.size)?;
     store.put_toc(&wanted.digest, layer.toc).await?;
     store.put_windows(&wanted.digest, layer.windows).await?;
-    if let Some(packed) = layer.packed {
+    if let Some((packed, pieces)) = layer.packed {
         store.put_packed(&wanted.digest, packed).await?;
+        store.put_pieces(&wanted.digest, pieces).await?;
     }
     store.put_layer(&wanted.digest, &layer.record).await?;
     Ok(())

@@ -13,6 +13,7 @@ mod layer;
 mod limits;
 pub mod listen;
 mod packed;
+mod pieces;
 mod service;
 pub mod store;
 pub use access::AccessOptions;

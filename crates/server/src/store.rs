@@ -5,7 +5,8 @@
 //! | `tocs/<blob>` | TOC in wire form |
 //! | `windows/<blob>` | index and compressed windows, see [`crate::items`] |
 //! | `packed/<blob>` | index and compressed content, see [`crate::packed`]; only for layers with closed spans |
-//! | `layers/<blob>` | JSON [`LayerRecord`]; written after the three above, so that its presence vouches for theirs |
+//! | `pieces/<blob>` | digests of the blob's pieces, see [`crate::pieces`]; only for layers with closed spans |
+//! | `layers/<blob>` | JSON [`LayerRecord`]; written after those above, so that its presence vouches for theirs |
 //! | `indexes/<index>` | an image index as the registry gave it |
 //! | `images/<manifest>/<SHA-256 of the repository's name>` | JSON [`ImageRecord`]; written last |
 //!
@@ -209,6 +210,27 @@ impl Store {
         self.put_items(&packed_path(blob), units).await
     }
 
+    /// Stores the digests of the pieces of `blob`.
+    ///
+    /// # Errors
+    ///
+    /// When the object store fails.
+    pub async fn put_pieces(&self, blob: &Digest, digests: Vec<u8>) -> Result<(), StoreError> {
+        self.put(&pieces_path(blob), digests.into()).await
+    }
+
+    /// The digest of piece `ix` of `blob`.
+    ///
+    /// # Errors
+    ///
+    /// When the object store fails, or there is no such piece.
+    pub async fn piece(&self, blob: &Digest, ix: u64) -> Result<Bytes, StoreError> {
+        let path = pieces_path(blob);
+        let place = ix.saturating_mul(crate::pieces::DIGEST);
+        let place = place..place.saturating_add(crate::pieces::DIGEST);
+        self.objects.get_range(&path, place).await.map_err(failed(&path))
+    }
+
     async fn put_items(&self, path: &Path, items: ItemFile) -> Result<(), StoreError> {
         let (index, file) = items.into_parts();
         let mut file = tokio::fs::File::from_std(file);
@@ -351,6 +373,10 @@ fn windows_path(blob: &Digest) -> Path {
 
 fn packed_path(blob: &Digest) -> Path {
     Path::from(format!("packed/{}", blob.hex()))
+}
+
+fn pieces_path(blob: &Digest) -> Path {
+    Path::from(format!("pieces/{}", blob.hex()))
 }
 
 fn layer_path(blob: &Digest) -> Path {

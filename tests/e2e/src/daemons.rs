@@ -211,6 +211,8 @@ pub struct ServerOptions {
     pub certs_d: PathBuf,
     /// Whether an image that a node asks for is imported without being told to.
     pub import_on_demand: bool,
+    /// Whether the content of layers that cannot be entered is kept.
+    pub packed_content: bool,
 }
 
 /// A running `millstream-server`.
@@ -318,6 +320,9 @@ fn server_settings(dir: &Path, options: &ServerOptions) -> Result<String> {
     }
     writeln!(text, "\n[registry]\nhosts_dir = {:?}", options.certs_d)?;
     writeln!(text, "\n[import]\non_demand = {}\nscratch = {scratch:?}", options.import_on_demand)?;
+    if !options.packed_content {
+        text.push_str("packed_max = \"0B\"\n");
+    }
     text.push_str("\n[log]\nlevel = \"debug,h2=info,hyper=info,tonic=info,tower=info\"\n");
     Ok(text)
 }

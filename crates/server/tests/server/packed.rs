@@ -65,11 +65,14 @@ async fn zstd_layers_of_one_frame_are_served_without_their_blob_and_those_of_man
 
     // Whoever cannot show the blob gets nothing of it.
     let other = format!("{}/team/zstd", liar.host());
-    let done = server.import(&format!("{other}:v1"), None).await.unwrap().done.unwrap();
-    assert!(done.ineligible.len() == 1 && done.ineligible[0].reason.contains("not zstd"), "{done:?}");
-    assert_eq!(code(server.file(&scope(&other, manifest), digests[0], "last", 0, 9).await), Code::InvalidArgument);
+    assert_eq!(code(server.import(&format!("{other}:v1"), None).await), Code::DataLoss);
+    assert_eq!(code(server.image(&scope(&other, manifest), &[]).await), Code::FailedPrecondition);
     let twin = format!("{}/team/zstd", Gate::start(registry.port, None).host());
+    let object = state.path().join("packed").join(digests[0].hex());
+    let written = || std::fs::metadata(&object).unwrap().modified().unwrap();
+    let before = written();
     server.import(&format!("{twin}:v1"), None).await.unwrap();
+    assert_eq!(written(), before, "not read again");
     reads_back(&server, &scope(&twin, manifest), digests[0], 10).await;
 }
 
