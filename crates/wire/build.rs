@@ -4,8 +4,13 @@ use std::env;
 use std::error::Error;
 
 const PROTO: &str = "../../proto";
-const OURS: [&str; 3] =
-    ["containerd/services/snapshots/v1/snapshots.proto", "millstream/v1/images.proto", "millstream/v1/node.proto"];
+const OURS: [&str; 5] = [
+    "containerd/services/introspection/v1/introspection.proto",
+    "containerd/services/snapshots/v1/snapshots.proto",
+    "containerd/services/version/v1/version.proto",
+    "millstream/v1/images.proto",
+    "millstream/v1/node.proto",
+];
 const CRI: &str = "cri/runtime/v1/api.proto";
 /// Messages with secrets: `src/redact.rs` has their `Debug`.
 const SECRET: [&str; 3] = [".millstream.v1.Basic", ".millstream.v1.Credential", ".runtime.v1.AuthConfig"];

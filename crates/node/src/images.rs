@@ -7,7 +7,7 @@ use std::sync::{Arc, Mutex, MutexGuard, PoisonError};
 use std::time::{Duration, Instant, SystemTime, UNIX_EPOCH};
 
 use async_trait::async_trait;
-use millstream_chunkstore::{Layer, LayerState, Store, StoreError};
+use millstream_chunkstore::{Layer, LayerState, Store};
 use millstream_oci::{Digest, ManifestDigest};
 use millstream_prefetch::{FetchEvents, Fetcher};
 use millstream_snapshots::{
@@ -19,6 +19,7 @@ use tracing::{error, info, warn};
 
 use crate::catalog::{Catalog, Decision, ImageRecord, LayerRecord};
 use crate::labels::{Wanted, image_name};
+use crate::metrics::NodeMetrics;
 use crate::origin::{Origin, Origins};
 use crate::server_client::ServedLayer;
 use crate::views::Views;
@@ -63,6 +64,7 @@ pub struct NodeImages {
     pub(crate) origins: Origins,
     /// Bound of one decision.
     pub(crate) deadline: Duration,
+    metrics: NodeMetrics,
     plans: Mutex<HashMap<(String, ManifestDigest), Slot>>,
     /// Layers that were given back and wait to be removed; they stay here until they are gone, so that nobody takes one for
     /// usable while it is being removed. Whoever holds `admission` removes them before it admits others, so that a layer that
@@ -85,6 +87,7 @@ impl NodeImages {
         deadline: Duration,
     ) -> Self {
         Self {
+            metrics: origins.metrics.clone(),
             decisions: record_decisions(catalog.clone()),
             store,
             fetcher,
@@ -131,7 +134,10 @@ impl NodeImages {
 
     async fn make_plan(self: &Arc<Self>, wanted: &Wanted) -> Plan {
         let empty = ImageRecord { image: wanted.image.to_string(), manifest: wanted.manifest, layers: Vec::new() };
-        match self.try_plan(wanted).await {
+        let begun = Instant::now();
+        let made = self.try_plan(wanted).await;
+        self.metrics.decided(begun.elapsed());
+        match made {
             Ok(plan) => plan,
             Err(error) => {
                 let reason = Reason::new("node.local", format!("{error:#}"));
@@ -259,10 +265,11 @@ impl NodeImages {
             Ok(admitted) => admitted,
             Err(mismatch) => return Ok(Plan { decision: ImageDecision::Deferred(mismatch), record }),
         };
+        let sources = origin.sources();
         for layer in admitted {
             if layer.state() == LayerState::Lazy {
                 let digest = layer.digest();
-                self.fetcher.attach(layer, origin.sources());
+                self.fetcher.attach(layer, sources.clone());
                 self.fetcher.hydrate(&digest);
             }
         }
@@ -279,12 +286,7 @@ impl NodeImages {
         tocs: &[Vec<u8>],
     ) -> anyhow::Result<Result<Vec<Arc<Layer>>, Reason>> {
         self.remove_dying()?;
-        for toc in tocs {
-            match self.store.admit(toc) {
-                Ok(_) | Err(StoreError::Quarantined { .. }) => {}
-                Err(error) => return Err(error.into()),
-            }
-        }
+        self.store.admit_all(tocs)?;
         let mut admitted = Vec::new();
         for described in record.layers.iter().take(lazy) {
             let Some(layer) = self.usable(&described.digest) else { continue };
@@ -329,6 +331,26 @@ impl NodeImages {
         self.remove_dying()
     }
 
+    /// Returns when every layer that was given back so far is removed.
+    ///
+    /// # Errors
+    /// Those of the database; what stays then is removed at the next start.
+    pub async fn removed(self: &Arc<Self>) -> anyhow::Result<()> {
+        let _guard = self.admission.lock().await;
+        let images = Arc::clone(self);
+        tokio::task::spawn_blocking(move || images.remove_dying()).await?
+    }
+
+    /// Layers of images that were decided about lately: a pull may be about to use them.
+    #[must_use]
+    pub fn about_to_be_used(&self) -> HashSet<Digest> {
+        let now = Instant::now();
+        let plans = self.plans.lock().unwrap_or_else(PoisonError::into_inner);
+        let live = plans.values().filter(|slot| now.duration_since(slot.used) < PLAN_LIFE);
+        let records = live.filter_map(|slot| slot.plan.get()).flat_map(|plan| &plan.record.layers);
+        records.map(|layer| layer.digest).collect()
+    }
+
     /// Lets the fetcher go on with every layer that is not wholly local; the network is not needed for that. Blocks, and must
     /// not be called on a thread of the runtime: a credential helper may take seconds.
     ///
@@ -354,10 +376,11 @@ impl NodeImages {
             };
             // As in `take_in`: no layer may be removed between the look at the store and the fetcher.
             let _guard = self.admission.blocking_lock();
+            let sources = origin.sources();
             for layer in record.layers.iter().filter_map(|layer| self.usable(&layer.digest)) {
                 if layer.state() == LayerState::Lazy {
                     let digest = layer.digest();
-                    self.fetcher.attach(layer, origin.sources());
+                    self.fetcher.attach(layer, sources.clone());
                     self.fetcher.hydrate(&digest);
                 }
             }
@@ -493,6 +516,7 @@ impl LazyImages for SharedImages {
     }
 
     fn answered(&self, request: &PrepareRequest, outcome: &PrepareOutcome) {
+        self.0.metrics.answered(outcome);
         self.0.record_decision(request, outcome);
     }
 
@@ -531,7 +555,7 @@ pub struct Reporter;
 
 impl FetchEvents for Reporter {
     fn verified(&self, layer: &Digest) {
-        info!({ names::LAYER } = %layer, "layer is wholly local: blob digest, diff ID and TOC are proven");
+        info!({ names::LAYER } = %layer, "layer is wholly local: diff ID and TOC are proven");
     }
 
     fn quarantined(&self, layer: &Digest, reason: &str) {

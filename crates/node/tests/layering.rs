@@ -12,7 +12,7 @@ use serde_json::Value;
 const ROWS: [(&str, &[&str]); 6] = [
     ("pure", &["inflate", "oci", "toc"]),
     ("contract", &["source"]),
-    ("world", &["sys", "registry", "chunkstore", "wire"]),
+    ("world", &["sys", "registry", "chunkstore", "wire", "settings"]),
     ("mechanism", &["layerfs", "fuse", "prefetch", "snapshots"]),
     ("edge", &["node", "server", "cli"]),
     ("tests", &["e2e"]),
@@ -23,9 +23,10 @@ const WITHIN_A_ROW: [(&str, &str); 4] =
     [("toc", "inflate"), ("toc", "oci"), ("chunkstore", "sys"), ("fuse", "layerfs")];
 
 /// Every arrow between crates of this workspace, without what only their tests use.
-const ARROWS: [(&str, &[&str]); 16] = [
+const ARROWS: [(&str, &[&str]); 17] = [
     ("inflate", &[]),
     ("oci", &[]),
+    ("settings", &[]),
     ("toc", &["inflate", "oci"]),
     ("source", &["oci", "toc"]),
     ("sys", &[]),
@@ -38,10 +39,24 @@ const ARROWS: [(&str, &[&str]); 16] = [
     ("snapshots", &["oci", "source", "wire"]),
     (
         "node",
-        &["chunkstore", "fuse", "layerfs", "oci", "prefetch", "registry", "snapshots", "source", "sys", "toc", "wire"],
+        &[
+            "chunkstore",
+            "fuse",
+            "layerfs",
+            "metrics",
+            "oci",
+            "prefetch",
+            "registry",
+            "settings",
+            "snapshots",
+            "source",
+            "sys",
+            "toc",
+            "wire",
+        ],
     ),
-    ("server", &["oci", "registry", "source", "toc", "wire"]),
-    ("cli", &["wire"]),
+    ("server", &["metrics", "oci", "registry", "settings", "source", "toc", "wire"]),
+    ("cli", &["settings", "wire"]),
     ("e2e", &["sys", "wire"]),
 ];
 
@@ -116,6 +131,13 @@ fn only_registry_knows_http_and_pure_crates_know_no_world() {
                 assert!(!uses.contains(world), "{name} depends on {world}");
             }
         }
+    }
+}
+
+#[test]
+fn settings_are_known_to_binaries_only() {
+    for (name, uses) in ARROWS {
+        assert!(row(name) >= row("node") || !uses.contains(&"settings"), "{name} uses settings");
     }
 }
 

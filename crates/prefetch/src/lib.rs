@@ -2,9 +2,11 @@
 
 mod around;
 mod attached;
+mod background;
 mod counters;
 mod deliver;
 mod edges;
+mod ensure;
 mod extract;
 mod fetcher;
 mod flight;
@@ -16,10 +18,12 @@ mod part;
 pub mod plan;
 pub mod queue;
 mod rebuild;
+mod share;
+mod skeleton;
 mod windows;
 
 pub use attached::ImageSources;
-pub use counters::Counters;
+pub use counters::{Counters, Queues};
 pub use fetcher::{FetchEvents, Fetcher};
 pub use hydrate::{HydrationState, Progress};
 pub use options::{FetchOptions, Jitter, RandomJitter};

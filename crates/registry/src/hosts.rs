@@ -163,6 +163,12 @@ fn parse(text: &str, dir: &Path) -> Result<Vec<PartialHost>, String> {
     Ok(hosts)
 }
 
+/// All that a text can lead to, for `crate::fuzzing`.
+#[cfg(fuzzing)]
+pub(crate) fn read(text: &str, dir: &Path, registry: &str) -> Result<Vec<HostConfig>, String> {
+    parse(text, dir)?.into_iter().map(|host| host.finish(registry)).collect()
+}
+
 /// Where the file is wrong. Only that: the parser's own text quotes the line, which may hold a credential.
 fn malformed(text: &str, error: &toml::de::Error) -> String {
     // A span from the start is that of the whole file: flattened fields have none of their own.
@@ -276,7 +282,7 @@ fn headers(raw: BTreeMap<String, OneOrMany<String>>) -> Result<HeaderMap, String
             // Its value may be a credential: never shown.
             let mut value: HeaderValue = value.parse().map_err(|_| format!("header {name:?} has an unusable value"))?;
             value.set_sensitive(true);
-            headers.append(&key, value);
+            headers.try_append(&key, value).map_err(|_| "there are too many headers".to_owned())?;
         }
     }
     Ok(headers)

@@ -128,6 +128,14 @@ fn what_is_wrong_with_a_file_is_told_without_its_text() {
 }
 
 #[test]
+fn more_headers_than_a_request_can_have_are_refused_without_panic() {
+    let names: String = (0..40_000).map(|number| format!("x-{number} = \"\"\n")).collect();
+    let text = format!("[host.\"https://a.example\".header]\n{names}");
+    assert!(text.len() < 1 << 20, "a file of that size is read");
+    assert_eq!(parse(&text, Path::new("/")).err().as_deref(), Some("there are too many headers"));
+}
+
+#[test]
 fn certificate_files_serve_without_a_hosts_file() {
     let root = tempfile::tempdir().unwrap();
     let dir = root.path().join("r.example");

@@ -5,6 +5,8 @@ mod credential;
 mod docker_config;
 mod endpoint;
 mod failure;
+#[cfg(fuzzing)]
+pub mod fuzzing;
 mod hosts;
 mod inward;
 mod options;

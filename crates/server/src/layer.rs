@@ -1,5 +1,6 @@
 //! From a blob in a registry to TOC, windows and, where spans are closed, packed content in the store.
 
+use std::fs::File;
 use std::io;
 use std::path::PathBuf;
 use std::sync::Arc;
@@ -7,10 +8,13 @@ use std::sync::Arc;
 use millstream_oci::{Compression, DiffId, Digest, LayerMedia};
 use millstream_registry::Repository;
 use millstream_source::names;
-use millstream_toc::build::{self, BuildError, BuildOptions, BuildSink, Built, ClosedSpans, Ineligible, build};
+use millstream_toc::build::{
+    self, Bound, Budget, BuildError, BuildOptions, BuildSink, Built, ClosedSpans, Ineligible, build,
+};
 use millstream_toc::format::{ChunkIx, SHORT_DIGEST, SpanIx, VERSION};
 use millstream_toc::pack::pack;
 use millstream_toc::{BlobRange, DataRange, Toc};
+use sha2::{Digest as _, Sha256};
 
 use crate::ServeError;
 use crate::blob::{ChannelReader, channel, pump};
@@ -18,10 +22,13 @@ use crate::content::blocking;
 use crate::items::{ItemFile, ItemWriter};
 use crate::packed::Packer;
 use crate::pieces::PieceReader;
+use crate::skeleton::SkeletonWriter;
 use crate::store::{LayerRecord, Store};
 
 /// Windows are short: more effort buys little.
 const WINDOW_LEVEL: i32 = 3;
+/// A skeleton with more than one byte for so many bytes of the blob is not kept: nodes then read the blob.
+const SKELETON_PART: u64 = 2;
 
 /// A layer as an image describes it.
 #[derive(Debug, Clone)]
@@ -72,6 +79,8 @@ pub(crate) enum Outcome {
 pub(crate) struct Means {
     /// Directory for files that live as long as one layer's import.
     pub(crate) scratch: PathBuf,
+    /// What one layer may cost.
+    pub(crate) budget: Budget,
     /// Bytes of content of one layer that are kept packed; zero: none is.
     pub(crate) packed_max: u64,
 }
@@ -122,7 +131,7 @@ async fn read_layer(
 ) -> Result<Result<NewLayer, String>, ServeError> {
     let sink = Sink::new(means, packing).map_err(crate::store::StoreError::from)?;
     let closed_spans = if means.packed_max > 0 { ClosedSpans::Keep } else { ClosedSpans::Decline };
-    let options = BuildOptions { closed_spans, ..BuildOptions::new(compression) };
+    let options = BuildOptions { compression, budget: means.budget, closed_spans };
     let (sender, reader) = channel();
     let built = blocking(move || build_layer(reader, &options, sink));
     let range = BlobRange::new(0, wanted.size);
@@ -137,10 +146,8 @@ async fn read_layer(
         Err(NotBuilt::Build(BuildError::Ineligible { reason: reason @ Ineligible::SpanTooLong { .. } })) => {
             Ok(Err(format!("{reason}, and the server packs no content (import.packed_max)")))
         }
-        Err(NotBuilt::Build(BuildError::Ineligible { reason })) => Ok(Err(reason.to_string())),
-        Err(NotBuilt::Build(BuildError::Invalid { what })) => {
-            Err(ServeError::Mismatch { what: format!("layer {}: {what}", wanted.digest) })
-        }
+        Err(NotBuilt::Build(BuildError::Ineligible { reason })) => Ok(Err(with_hint(&reason))),
+        Err(NotBuilt::Build(BuildError::Invalid { what })) => not_valid(repository, wanted, what).await.map(Err),
         Err(NotBuilt::Build(error @ (BuildError::Read(_) | BuildError::Sink(_)))) => {
             let cause = std::error::Error::source(&error).map(ToString::to_string).unwrap_or_default();
             Err(ServeError::Internal { what: format!("layer {}: {error}: {cause}", wanted.digest) })
@@ -155,6 +162,41 @@ enum NotBuilt {
     TooMuch,
 }
 
+/// The reason, with the key of the settings that would have to be another.
+fn with_hint(reason: &Ineligible) -> String {
+    let key = match reason.bound() {
+        None => return reason.to_string(),
+        Some(Bound::Entries) => "entries",
+        Some(Bound::TarSize) => "tar_size",
+        Some(Bound::FileSize) => "file_size",
+        Some(Bound::Ratio) => "ratio",
+        Some(Bound::TocBytes) => "toc_size",
+    };
+    format!("{reason}; hint: the server's import.budget.{key}")
+}
+
+/// Why a blob that is no layer cannot be streamed: if it is the very blob that the manifest names, containerd is left to say so too; else
+/// the registry gave something else, which another import may not meet.
+async fn not_valid(repository: &Arc<Repository>, wanted: &WantedLayer, what: String) -> Result<String, ServeError> {
+    let (sender, mut reader) = channel();
+    let hashed = blocking(move || {
+        let mut hash = Sha256::new();
+        while let Some(piece) = reader.next() {
+            hash.update(&piece);
+        }
+        Digest::from_bytes(hash.finalize().into())
+    });
+    let range = BlobRange::new(0, wanted.size);
+    let (pumped, hashed) = tokio::join!(pump(&**repository, &wanted.digest, range, sender, &|_| ()), hashed);
+    pumped?;
+    let found = hashed?;
+    if found == wanted.digest {
+        return Ok(format!("not a valid layer: {what}"));
+    }
+    let what = format!("layer {}: the registry's bytes have digest {found}: {what}", wanted.digest);
+    Err(ServeError::Mismatch { what })
+}
+
 /// A finished layer before it is stored.
 struct NewLayer {
     blob: Digest,
@@ -165,6 +207,8 @@ struct NewLayer {
     closed: bool,
     /// Its content, and the digests of its blob's pieces.
     packed: Option<(ItemFile, Vec<u8>)>,
+    /// `None` where it is so large that nobody would use it.
+    skeleton: Option<File>,
 }
 
 fn build_layer(reader: ChannelReader, options: &BuildOptions, mut sink: Sink) -> Result<NewLayer, NotBuilt> {
@@ -191,7 +235,9 @@ fn finish(toc: Vec<u8>, sink: Sink, pieces: Vec<u8>) -> io::Result<NewLayer> {
         spans: toc.span_count(),
     };
     let windows = sink.windows.finish(toc.span_count())?;
-    Ok(NewLayer { blob: toc.blob_digest(), record, toc: packed_toc, windows, closed, packed })
+    let (skeleton, size) = sink.skeleton.finish()?;
+    let skeleton = (size <= toc.blob_size() / SKELETON_PART).then_some(skeleton);
+    Ok(NewLayer { blob: toc.blob_digest(), record, toc: packed_toc, windows, closed, packed, skeleton })
 }
 
 /// Stores a layer after all that the image says of it was found true.
@@ -203,6 +249,9 @@ async fn store_layer(store: &Store, wanted: &WantedLayer, layer: NewLayer) -> Re
     wanted.compare(layer.record.diff_id, layer.record.size)?;
     store.put_toc(&wanted.digest, layer.toc).await?;
     store.put_windows(&wanted.digest, layer.windows).await?;
+    if let Some(skeleton) = layer.skeleton {
+        store.put_skeleton(&wanted.digest, skeleton).await?;
+    }
     if let Some((packed, pieces)) = layer.packed {
         store.put_packed(&wanted.digest, packed).await?;
         store.put_pieces(&wanted.digest, pieces).await?;
@@ -214,6 +263,7 @@ async fn store_layer(store: &Store, wanted: &WantedLayer, layer: NewLayer) -> Re
 /// Keeps what passes by during a build.
 struct Sink {
     windows: ItemWriter,
+    skeleton: SkeletonWriter,
     packing: Packing,
     packer: Option<Packer>,
     /// The packer refused more content.
@@ -224,7 +274,8 @@ impl Sink {
     fn new(means: &Means, packing: Packing) -> io::Result<Self> {
         let packs = packing != Packing::No && means.packed_max > 0;
         let packer = if packs { Some(Packer::new(&means.scratch, means.packed_max)?) } else { None };
-        Ok(Self { windows: ItemWriter::new(&means.scratch, WINDOW_LEVEL)?, packing, packer, too_much: false })
+        let windows = ItemWriter::new(&means.scratch, WINDOW_LEVEL)?;
+        Ok(Self { windows, skeleton: SkeletonWriter::new(&means.scratch)?, packing, packer, too_much: false })
     }
 }
 
@@ -234,6 +285,10 @@ impl BuildSink for Sink {
             self.packer = None;
         }
         self.windows.append(span, raw)
+    }
+
+    fn skeleton(&mut self, bytes: &[u8]) -> io::Result<()> {
+        self.skeleton.append(bytes)
     }
 
     fn chunk(&mut self, _: ChunkIx, data: DataRange, _: &[u8; SHORT_DIGEST], bytes: &[u8]) -> io::Result<()> {

@@ -6,6 +6,7 @@
 //! | `windows/<blob>` | index and compressed windows, see [`crate::items`] |
 //! | `packed/<blob>` | index and compressed content, see [`crate::packed`]; only for layers with closed spans |
 //! | `pieces/<blob>` | digests of the blob's pieces, see [`crate::pieces`]; only for layers with closed spans |
+//! | `skeletons/<blob>` | the skeleton, see [`crate::skeleton`]; absent where it is large or was not made yet |
 //! | `layers/<blob>` | JSON [`LayerRecord`]; written after those above, so that its presence vouches for theirs |
 //! | `indexes/<index>` | an image index as the registry gave it |
 //! | `images/<manifest>/<SHA-256 of the repository's name>` | JSON [`ImageRecord`]; written last |
@@ -13,6 +14,7 @@
 //! `<blob>`, `<index>`, `<manifest>` are digests in hex. No object is ever changed to other content, only written again, so
 //! that any number of servers can share one store without locks.
 
+use std::fs::File;
 use std::path::Path as FsPath;
 use std::sync::Arc;
 
@@ -33,6 +35,9 @@ use crate::items::ItemFile;
 const UPLOADS_AT_ONCE: usize = 4;
 /// Bytes read from a scratch file at a time.
 const COPY_SIZE: usize = 1 << 20;
+
+/// An object as it is read.
+pub type Pieces = BoxStream<'static, Result<Bytes, StoreError>>;
 
 /// Why the store failed.
 #[derive(Debug, thiserror::Error)]
@@ -147,6 +152,15 @@ impl Store {
         Self { objects }
     }
 
+    /// Whether the store answers: looks at the names in its root, of which there are a few.
+    ///
+    /// # Errors
+    ///
+    /// When the object store fails.
+    pub async fn probe(&self) -> Result<(), StoreError> {
+        self.objects.list_with_delimiter(None).await.map(drop).map_err(failed(&Path::ROOT))
+    }
+
     /// What is known of `blob`, if it was written by this format version.
     ///
     /// # Errors
@@ -180,10 +194,7 @@ impl Store {
     /// # Errors
     ///
     /// When the object store fails.
-    pub async fn toc(
-        &self,
-        blob: &Digest,
-    ) -> Result<Option<BoxStream<'static, Result<Bytes, StoreError>>>, StoreError> {
+    pub async fn toc(&self, blob: &Digest) -> Result<Option<Pieces>, StoreError> {
         let path = toc_path(blob);
         match self.objects.get(&path).await {
             Ok(found) => Ok(Some(found.into_stream().map(move |piece| piece.map_err(failed(&path))).boxed())),
@@ -198,7 +209,8 @@ impl Store {
     ///
     /// When the object store or the scratch file fails.
     pub async fn put_windows(&self, blob: &Digest, windows: ItemFile) -> Result<(), StoreError> {
-        self.put_items(&windows_path(blob), windows).await
+        let (index, file) = windows.into_parts();
+        self.upload(&windows_path(blob), index, file).await
     }
 
     /// Stores the packed content of `blob`.
@@ -207,7 +219,17 @@ impl Store {
     ///
     /// When the object store or the scratch file fails.
     pub async fn put_packed(&self, blob: &Digest, units: ItemFile) -> Result<(), StoreError> {
-        self.put_items(&packed_path(blob), units).await
+        let (index, file) = units.into_parts();
+        self.upload(&packed_path(blob), index, file).await
+    }
+
+    /// Stores the skeleton of `blob`.
+    ///
+    /// # Errors
+    ///
+    /// When the object store or the scratch file fails.
+    pub async fn put_skeleton(&self, blob: &Digest, skeleton: File) -> Result<(), StoreError> {
+        self.upload(&skeleton_path(blob), Vec::new(), skeleton).await
     }
 
     /// Stores the digests of the pieces of `blob`.
@@ -231,12 +253,29 @@ impl Store {
         self.objects.get_range(&path, place).await.map_err(failed(&path))
     }
 
-    async fn put_items(&self, path: &Path, items: ItemFile) -> Result<(), StoreError> {
-        let (index, file) = items.into_parts();
+    /// The skeleton of `blob` in pieces, and its size in bytes; `None` when there is none.
+    ///
+    /// # Errors
+    ///
+    /// When the object store fails.
+    pub async fn skeleton(&self, blob: &Digest) -> Result<Option<(u64, Pieces)>, StoreError> {
+        let path = skeleton_path(blob);
+        match self.objects.get(&path).await {
+            Ok(found) => {
+                let size = found.meta.size;
+                Ok(Some((size, found.into_stream().map(move |piece| piece.map_err(failed(&path))).boxed())))
+            }
+            Err(object_store::Error::NotFound { .. }) => Ok(None),
+            Err(error) => Err(failed(&path)(error)),
+        }
+    }
+
+    /// Writes an object of `head` and what is left of `file`.
+    async fn upload(&self, path: &Path, head: Vec<u8>, file: File) -> Result<(), StoreError> {
         let mut file = tokio::fs::File::from_std(file);
         let upload = self.objects.put_multipart(path).await.map_err(failed(path))?;
         let mut upload = WriteMultipart::new(upload);
-        upload.put(index.into());
+        upload.put(head.into());
         let mut buffer = vec![0; COPY_SIZE];
         loop {
             match file.read(&mut buffer).await {
@@ -377,6 +416,10 @@ fn packed_path(blob: &Digest) -> Path {
 
 fn pieces_path(blob: &Digest) -> Path {
     Path::from(format!("pieces/{}", blob.hex()))
+}
+
+fn skeleton_path(blob: &Digest) -> Path {
+    Path::from(format!("skeletons/{}", blob.hex()))
 }
 
 fn layer_path(blob: &Digest) -> Path {

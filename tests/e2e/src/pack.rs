@@ -7,6 +7,9 @@ use flate2::{Compression, write::GzEncoder};
 use sha2::{Digest as _, Sha256};
 use zstd::stream::write::Encoder as ZstdEncoder;
 
+/// The usual one of image builders.
+const LEVEL: Compression = Compression::new(6);
+
 /// How a layer's tar becomes a blob.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
 pub enum Packing {
@@ -14,6 +17,8 @@ pub enum Packing {
     Plain,
     /// One gzip member.
     Gzip,
+    /// The same, compressed as fast as possible, for what does not compress.
+    GzipFast,
     /// A new gzip member after so many bytes of tar.
     GzipMembers(u64),
     /// One zstd frame, as docker and BuildKit write it.
@@ -79,10 +84,11 @@ impl<W: Write> Packer<W> {
                 let frame = size.max(1);
                 return Ok(Self::Zstd { encoder: Some(zstd(skippable(out)?)?), frame, left: frame });
             }
-            Packing::Gzip => u64::MAX,
+            Packing::Gzip | Packing::GzipFast => u64::MAX,
             Packing::GzipMembers(size) => size.max(1),
         };
-        Ok(Self::Gzip { encoder: Some(gzip(out)), member, left: member })
+        let level = if packing == Packing::GzipFast { Compression::fast() } else { LEVEL };
+        Ok(Self::Gzip { encoder: Some(Box::new(GzEncoder::new(out, level))), member, left: member })
     }
 
     /// Ends the last member and gives the writer back.
@@ -113,7 +119,7 @@ impl<W: Write> Write for Packer<W> {
             Self::Gzip { encoder, member, left } => {
                 if *left == 0 {
                     let out = encoder.take().ok_or(io::ErrorKind::BrokenPipe)?.finish()?;
-                    *encoder = Some(gzip(out));
+                    *encoder = Some(Box::new(GzEncoder::new(out, LEVEL)));
                     *left = *member;
                 }
                 let take = bytes.len().min(usize::try_from(*left).unwrap_or(usize::MAX));
@@ -143,8 +149,4 @@ fn zstd<W: Write>(out: W) -> io::Result<Box<ZstdEncoder<'static, W>>> {
 fn skippable<W: Write>(mut out: W) -> io::Result<W> {
     out.write_all(&[0x50, 0x2a, 0x4d, 0x18, 4, 0, 0, 0, 1, 2, 3, 4])?;
     Ok(out)
-}
-
-fn gzip<W: Write>(out: W) -> Box<GzEncoder<W>> {
-    Box::new(GzEncoder::new(out, Compression::new(6)))
 }
