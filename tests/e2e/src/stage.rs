@@ -79,7 +79,16 @@ impl Stage {
     ///
     /// If a program does not start.
     pub fn set() -> Result<Self> {
-        Self::raise(None, false)
+        Self::raise(None, false, true)
+    }
+
+    /// A server that keeps no packed content.
+    ///
+    /// # Errors
+    ///
+    /// If a program does not start.
+    pub fn without_packed_content() -> Result<Self> {
+        Self::raise(None, false, false)
     }
 
     /// A registry that wants a login.
@@ -88,7 +97,7 @@ impl Stage {
     ///
     /// If a program does not start.
     pub fn with_login(login: &Login) -> Result<Self> {
-        Self::raise(Some(login.clone()), false)
+        Self::raise(Some(login.clone()), false, true)
     }
 
     /// A registry behind a [`Spoiler`].
@@ -97,10 +106,10 @@ impl Stage {
     ///
     /// If a program does not start.
     pub fn with_spoiler() -> Result<Self> {
-        Self::raise(None, true)
+        Self::raise(None, true, true)
     }
 
-    fn raise(login: Option<Login>, spoiled: bool) -> Result<Self> {
+    fn raise(login: Option<Login>, spoiled: bool, packed_content: bool) -> Result<Self> {
         let work = Workdir::new()?;
         let options = RegistryOptions { login: login.clone(), ..RegistryOptions::loopback()? };
         let registry = Registry::start(&work, options)?;
@@ -120,6 +129,7 @@ impl Stage {
             certs_d: certs_d.clone(),
             import_on_demand: false,
             max_entries: None,
+            packed_content,
         };
         let server = Some(Server::start(&work, &server_options, None)?);
         let layout = work.dir("layout")?;
