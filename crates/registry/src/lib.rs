@@ -15,4 +15,4 @@ pub use credential::{Credential, Secret};
 pub use docker_config::docker_config_credential;
 pub use millstream_oci::TagOrDigest;
 pub use options::RegistryOptions;
-pub use repository::{Fetched, Registry, Repository};
+pub use repository::{Registry, Repository};

@@ -2,10 +2,9 @@
 
 use std::io;
 use std::path::Path;
-use std::sync::Arc;
 
 use millstream_oci::{Compression, DiffId, Digest, LayerMedia};
-use millstream_registry::Repository;
+use millstream_source::ImageSource;
 use millstream_toc::build::{self, Budget, BuildError, BuildOptions, BuildSink, Built, build};
 use millstream_toc::format::{SpanIx, VERSION};
 use millstream_toc::pack::pack;
@@ -14,7 +13,7 @@ use millstream_toc::{BlobRange, Toc};
 use crate::ServeError;
 use crate::blob::{ChannelReader, channel, pump};
 use crate::content::blocking;
-use crate::store::{LayerRecord, Store};
+use crate::store::{ImageLayer, LayerRecord, Store};
 use crate::windows::{WindowFile, WindowWriter};
 
 /// A layer as an image describes it.
@@ -39,6 +38,12 @@ impl WantedLayer {
         }
     }
 
+    /// As it is kept with its image.
+    pub(crate) fn into_record(self, ineligible: Option<String>, pending: bool) -> ImageLayer {
+        let Self { digest, size, media, diff_id } = self;
+        ImageLayer { digest, size, diff_id, media: media.to_string(), ineligible, pending }
+    }
+
     /// Compares what was found with what the image says.
     pub(crate) fn compare(&self, diff_id: DiffId, size: u64) -> Result<(), ServeError> {
         if (diff_id, size) == (self.diff_id, self.size) {
@@ -61,20 +66,31 @@ pub(crate) enum Outcome {
     Ineligible(String),
 }
 
+/// How a layer is built.
+#[derive(Debug, Clone, Copy)]
+pub(crate) struct Build<'a> {
+    /// Directory for a file that lives as long as that.
+    pub(crate) scratch: &'a Path,
+    pub(crate) compression: build::Compression,
+    /// Whether at the lowest priority.
+    pub(crate) idle: bool,
+}
+
 /// Reads the blob once, makes its TOC and stores all there is. `progress` is told the length of every piece that was read.
 pub(crate) async fn import_layer(
     store: &Store,
-    scratch: &Path,
-    repository: &Arc<Repository>,
+    source: &dyn ImageSource,
     wanted: &WantedLayer,
-    compression: build::Compression,
+    how: Build<'_>,
     progress: &(dyn Fn(u64) + Send + Sync),
 ) -> Result<Outcome, ServeError> {
+    let Build { scratch, compression, idle } = how;
     let writer = WindowWriter::new(scratch).map_err(crate::store::StoreError::from)?;
     let (sender, reader) = channel();
-    let built = blocking(move || build_layer(reader, compression, writer));
+    let build = move || build_layer(reader, compression, writer);
+    let built = async { if idle { at_low_priority(build).await } else { blocking(build).await } };
     let range = BlobRange::new(0, wanted.size);
-    let (pumped, built) = tokio::join!(pump(&**repository, &wanted.digest, range, sender, progress), built);
+    let (pumped, built) = tokio::join!(pump(source, &wanted.digest, range, sender, progress), built);
     // A transfer that failed looks to the build like a blob that ends early: the cause comes first.
     pumped?;
     let layer = match built? {
@@ -90,6 +106,21 @@ pub(crate) async fn import_layer(
     };
     store_layer(store, wanted, layer).await?;
     Ok(Outcome::Ready)
+}
+
+/// Runs `work` on a thread of its own, which gives way to whatever else wants a processor. Of its own, because only a
+/// privileged process could raise the priority of a pooled thread again.
+async fn at_low_priority<T: Send + 'static>(work: impl FnOnce() -> T + Send + 'static) -> Result<T, ServeError> {
+    const NICEST: i32 = 19;
+    let (sender, done) = tokio::sync::oneshot::channel();
+    let thread = std::thread::Builder::new().name("import".to_owned()).spawn(move || {
+        // On Linux this is the priority of the calling thread. It stays as it is where that is refused.
+        let _ = rustix::process::setpriority_process(None, NICEST);
+        let _ = sender.send(work());
+    });
+    let failed = |what: String| ServeError::Internal { what: format!("import thread: {what}") };
+    thread.map_err(|error| failed(error.to_string()))?;
+    done.await.map_err(|_| failed("it panicked".to_owned()))
 }
 
 /// A finished layer before it is stored.
@@ -124,7 +155,7 @@ fn build_layer(
 /// Stores a layer after all that the image says of it was found true.
 async fn store_layer(store: &Store, wanted: &WantedLayer, layer: NewLayer) -> Result<(), ServeError> {
     if layer.blob != wanted.digest {
-        let what = format!("layer {}: the registry's bytes have digest {}", wanted.digest, layer.blob);
+        let what = format!("layer {}: the bytes that came have digest {}", wanted.digest, layer.blob);
         return Err(ServeError::Mismatch { what });
     }
     wanted.compare(layer.record.diff_id, layer.record.size)?;

@@ -272,6 +272,7 @@ impl Settings {
             },
             import_on_demand: self.import.on_demand,
             allowed_registries: self.registry.allowed.clone(),
+            embedded: false,
         }
     }
 }
