@@ -12,18 +12,18 @@ use serde_json::Value;
 const ROWS: [(&str, &[&str]); 6] = [
     ("pure", &["inflate", "oci", "toc"]),
     ("contract", &["source"]),
-    ("world", &["sys", "registry", "chunkstore", "wire"]),
+    ("world", &["sys", "registry", "chunkstore", "wire", "containerd"]),
     ("mechanism", &["layerfs", "fuse", "prefetch", "snapshots"]),
     ("edge", &["node", "server", "cli"]),
     ("tests", &["e2e"]),
 ];
 
 /// The arrows within a row; the drawing shows each of them.
-const WITHIN_A_ROW: [(&str, &str); 4] =
-    [("toc", "inflate"), ("toc", "oci"), ("chunkstore", "sys"), ("fuse", "layerfs")];
+const WITHIN_A_ROW: [(&str, &str); 5] =
+    [("toc", "inflate"), ("toc", "oci"), ("chunkstore", "sys"), ("containerd", "wire"), ("fuse", "layerfs")];
 
 /// Every arrow between crates of this workspace, without what only their tests use.
-const ARROWS: [(&str, &[&str]); 16] = [
+const ARROWS: [(&str, &[&str]); 17] = [
     ("inflate", &[]),
     ("oci", &[]),
     ("toc", &["inflate", "oci"]),
@@ -32,6 +32,7 @@ const ARROWS: [(&str, &[&str]); 16] = [
     ("registry", &["oci", "source", "toc"]),
     ("chunkstore", &["oci", "sys", "toc"]),
     ("wire", &[]),
+    ("containerd", &["oci", "wire"]),
     ("layerfs", &["toc"]),
     ("fuse", &["layerfs", "source", "sys", "toc"]),
     ("prefetch", &["chunkstore", "oci", "source", "toc"]),
