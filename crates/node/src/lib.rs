@@ -6,6 +6,7 @@ pub mod content;
 pub mod control;
 pub mod images;
 pub mod labels;
+pub mod lookup;
 pub mod origin;
 pub mod server_client;
 pub mod settings;

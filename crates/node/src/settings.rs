@@ -25,6 +25,8 @@ pub struct Settings {
     pub registry: RegistrySettings,
     /// How content is fetched.
     pub fetch: FetchSettings,
+    /// The containerd that this node serves.
+    pub containerd: ContainerdSettings,
     /// What is logged.
     pub log: LogSettings,
 }
@@ -66,6 +68,14 @@ pub struct FetchSettings {
     pub read_deadline: Duration,
 }
 
+/// `[containerd]`.
+#[derive(Debug, Clone, Deserialize)]
+#[serde(default, deny_unknown_fields)]
+pub struct ContainerdSettings {
+    /// Its unix socket: asked which image a client means that does not name it. Empty: not asked.
+    pub address: PathBuf,
+}
+
 /// `[log]`.
 #[derive(Debug, Clone, Deserialize)]
 #[serde(default, deny_unknown_fields)]
@@ -95,6 +105,7 @@ impl Default for Settings {
             server: ServerSettings::default(),
             registry: RegistrySettings::default(),
             fetch: FetchSettings::default(),
+            containerd: ContainerdSettings::default(),
             log: LogSettings::default(),
         }
     }
@@ -109,6 +120,12 @@ impl Default for RegistrySettings {
 impl Default for FetchSettings {
     fn default() -> Self {
         Self { hydration: true, connections: 8, read_deadline: Duration::from_secs(60) }
+    }
+}
+
+impl Default for ContainerdSettings {
+    fn default() -> Self {
+        Self { address: "/run/containerd/containerd.sock".into() }
     }
 }
 

@@ -10,6 +10,7 @@ use std::time::Duration;
 
 use anyhow::Context;
 use millstream_chunkstore::{Store, StoreOptions};
+use millstream_containerd::{Containerd, ContainerdOptions};
 use millstream_fuse::{Adapter, Connection, Session};
 use millstream_layerfs::LayerFs;
 use millstream_oci::Digest;
@@ -34,6 +35,7 @@ use crate::catalog::Catalog;
 use crate::content::NodeContent;
 use crate::control::Control;
 use crate::images::{NodeImages, Reporter, SharedImages};
+use crate::lookup::Lookup;
 use crate::origin::Origins;
 use crate::server_client::Server;
 use crate::settings::Settings;
@@ -103,6 +105,10 @@ pub async fn run(settings: &Settings, inherited: Inheritance) -> anyhow::Result<
     let server = Server::new(&settings.server)?;
     let origins = Origins { registry, server: server.clone(), docker_config: settings.registry.docker_config.clone() };
 
+    let containerd = &settings.containerd.address;
+    let lookup =
+        (!containerd.as_os_str().is_empty()).then(|| Lookup::new(Containerd::new(ContainerdOptions::new(containerd))));
+
     // mechanism
     let fetch = FetchOptions {
         slots: settings.fetch.connections,
@@ -123,6 +129,7 @@ pub async fn run(settings: &Settings, inherited: Inheritance) -> anyhow::Result<
         views,
         catalog,
         origins,
+        lookup,
         settings.decision_deadline,
     ));
     let options = Options { decide_deadline: settings.decision_deadline, ..Options::default() };
