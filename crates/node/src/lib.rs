@@ -3,8 +3,11 @@
 pub mod below;
 pub mod catalog;
 pub mod content;
+pub mod content_store;
 pub mod control;
+pub mod embedded;
 pub mod images;
+pub mod index;
 pub mod labels;
 pub mod lookup;
 pub mod origin;

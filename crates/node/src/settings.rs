@@ -32,7 +32,7 @@ pub struct Settings {
 }
 
 /// `[server]`: the remote file system service.
-#[derive(Debug, Clone, Default, Deserialize)]
+#[derive(Debug, Clone, Deserialize)]
 #[serde(default, deny_unknown_fields)]
 pub struct ServerSettings {
     /// `"https://HOST:PORT"`; `"http://"` only for a loopback address. Empty: no server, every image is pulled as always.
@@ -43,6 +43,16 @@ pub struct ServerSettings {
     pub cert: Option<PathBuf>,
     /// PEM file with its key.
     pub key: Option<PathBuf>,
+    /// Without `address`: whether this node indexes images by itself, from what ordinary pulls leave in containerd.
+    pub embedded: bool,
+    /// Bytes of the tables that it keeps, beyond which what was used least recently goes.
+    pub embedded_limit: u64,
+}
+
+impl Default for ServerSettings {
+    fn default() -> Self {
+        Self { address: String::new(), ca: None, cert: None, key: None, embedded: true, embedded_limit: 1 << 30 }
+    }
 }
 
 /// `[registry]`.

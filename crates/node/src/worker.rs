@@ -34,7 +34,9 @@ use tracing::{error, info, warn};
 use crate::catalog::Catalog;
 use crate::content::NodeContent;
 use crate::control::Control;
+use crate::embedded::{Embedded, EmbeddedOptions};
 use crate::images::{NodeImages, Reporter, SharedImages};
+use crate::index::Indexer;
 use crate::lookup::Lookup;
 use crate::origin::Origins;
 use crate::server_client::Server;
@@ -102,12 +104,17 @@ pub async fn run(settings: &Settings, inherited: Inheritance) -> anyhow::Result<
         max_connections_per_host: settings.fetch.connections,
         ..RegistryOptions::default()
     })?;
-    let server = Server::new(&settings.server)?;
-    let origins = Origins { registry, server: server.clone(), docker_config: settings.registry.docker_config.clone() };
-
     let containerd = &settings.containerd.address;
-    let lookup =
-        (!containerd.as_os_str().is_empty()).then(|| Lookup::new(Containerd::new(ContainerdOptions::new(containerd))));
+    let containerd = (!containerd.as_os_str().is_empty()).then(|| Containerd::new(ContainerdOptions::new(containerd)));
+    let lookup = containerd.clone().map(Lookup::new);
+    let catalog = Catalog::open(Arc::clone(&db))?;
+    let embedded = embedded_server(settings, &registry, containerd, &store, &catalog);
+    let server = match &embedded {
+        Some(embedded) => Some(Server::embedded(embedded.service())),
+        None => Server::new(&settings.server)?,
+    };
+    let docker_config = settings.registry.docker_config.clone();
+    let origins = Origins { registry, server: server.clone(), embedded: embedded.clone(), docker_config };
 
     // mechanism
     let fetch = FetchOptions {
@@ -122,7 +129,6 @@ pub async fn run(settings: &Settings, inherited: Inheritance) -> anyhow::Result<
     views.restore()?;
 
     // where they meet
-    let catalog = Catalog::open(Arc::clone(&db))?;
     let images = Arc::new(NodeImages::new(
         Arc::clone(&store),
         Arc::clone(&fetcher),
@@ -157,6 +163,9 @@ pub async fn run(settings: &Settings, inherited: Inheritance) -> anyhow::Result<
     if let Some(server) = server {
         server.warm_up();
     }
+    if let Some(embedded) = embedded {
+        tokio::spawn(async move { Arc::clone(embedded.indexer()).work(embedded).await });
+    }
     tokio::spawn(give_back_unused(snapshots.clone(), Arc::clone(&store)));
     let control = Control::new(images, settings.fetch.hydration);
     let result = tokio::select! {
@@ -168,6 +177,35 @@ pub async fn run(settings: &Settings, inherited: Inheritance) -> anyhow::Result<
         warn!(%error, "not everything is synced; it is fetched again after the next start");
     }
     result
+}
+
+/// The server in this process, for a node that is told of no other. Where its place on the disk cannot be used, the node works
+/// without: what is here is served, new images are pulled as always.
+fn embedded_server(
+    settings: &Settings,
+    registry: &Registry,
+    containerd: Option<Containerd>,
+    store: &Arc<Store>,
+    catalog: &Catalog,
+) -> Option<Embedded> {
+    if !settings.server.address.is_empty() || !settings.server.embedded {
+        return None;
+    }
+    let options = EmbeddedOptions { directory: settings.root.join("server"), limit: settings.server.embedded_limit };
+    let opened = Indexer::new(catalog.clone()).and_then(|indexer| {
+        Embedded::open(options, registry.clone(), containerd, Arc::clone(store), Arc::new(indexer))
+    });
+    match opened {
+        Ok(embedded) => Some(embedded),
+        Err(error) => {
+            error!(
+                { names::CODE } = "node.local",
+                error = format!("{error:#}"),
+                "the embedded server cannot be used: new images are pulled the ordinary way"
+            );
+            None
+        }
+    }
 }
 
 /// Every layer keeps its data file open, and the usual limit of 1024 descriptors is that of a few dozen images.

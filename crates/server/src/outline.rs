@@ -1,8 +1,11 @@
 //! An image that was never imported, but shares layers with one that was: known in part.
 
-use futures::stream::{self, StreamExt, TryStreamExt};
+use std::collections::HashSet;
+
+use futures::TryStreamExt;
+use futures::stream::FuturesUnordered;
 use millstream_oci::{DiffId, Digest, ImageRef, ManifestDigest, Platform};
-use millstream_source::{BlobSource, ImageSource};
+use millstream_source::{BlobSource, ImageSource, names};
 
 use crate::ServeError;
 use crate::describe::{Described, describe};
@@ -39,13 +42,17 @@ impl Importer {
             Outline { manifest, diff_ids: layers.iter().map(|layer| layer.diff_id).collect(), ready: layers.len() };
         let known = self.store.image(manifest, &image.name()).await?.map(|known| known.layers).unwrap_or_default();
         let is_known = |digest: &Digest| known.iter().any(|layer| layer.digest == *digest && layer.is_ready());
-        let layers_once = distinct(&layers)?;
-        let proofs = layers_once.into_iter().map(|layer| async {
-            let ready = self.can_be_served(layer, is_known(&layer.digest), proof).await?;
-            Ok::<_, ServeError>((layer.digest, ready))
-        });
-        let ready: Vec<(Digest, bool)> = stream::iter(proofs).buffer_unordered(PROOFS_AT_ONCE).try_collect().await?;
-        let is_ready = |digest: &Digest| ready.iter().any(|(layer, ready)| layer == digest && *ready);
+        let mut ready = HashSet::new();
+        for group in distinct(&layers)?.chunks(PROOFS_AT_ONCE) {
+            let mut proofs = FuturesUnordered::new();
+            for layer in group {
+                proofs.push(self.ready_layer(layer, is_known(&layer.digest), proof));
+            }
+            while let Some(proven) = proofs.try_next().await? {
+                ready.extend(proven);
+            }
+        }
+        let is_ready = |digest: &Digest| ready.contains(digest);
         outline.ready = layers.iter().filter(|layer| is_ready(&layer.digest)).count();
         if outline.ready == 0 {
             return Ok(outline);
@@ -63,28 +70,37 @@ impl Importer {
         Ok(outline)
     }
 
-    async fn can_be_served(
+    /// The layer, if it can be served.
+    async fn ready_layer(
         &self,
         layer: &WantedLayer,
         is_known: bool,
         proof: &dyn BlobSource,
-    ) -> Result<bool, ServeError> {
+    ) -> Result<Option<Digest>, ServeError> {
         if layer.compression().is_err() {
-            return Ok(false);
+            return Ok(None);
         }
-        let Some(record) = self.store.layer(&layer.digest).await? else { return Ok(false) };
-        let proven = is_known || {
-            let toc = match self.content.toc(&layer.digest).await {
-                Ok(toc) => toc,
-                // Its import makes it anew.
-                Err(ServeError::Toc { .. } | ServeError::NotImported { .. }) => return Ok(false),
-                Err(error) => return Err(error),
+        let Some(record) = self.store.layer(&layer.digest).await? else { return Ok(None) };
+        let proven = is_known
+            || {
+                let toc = match self.content.toc(&layer.digest).await {
+                    Ok(toc) => toc,
+                    // Its import makes it anew.
+                    Err(ServeError::Toc { .. } | ServeError::NotImported { .. }) => return Ok(None),
+                    Err(error) => return Err(error),
+                };
+                match self.content.prove(&toc, proof).await {
+                    Ok(proven) => proven,
+                    // Said here; the layer is as unknown to this caller as if nobody had imported it.
+                    Err(error) => {
+                        tracing::info!({ names::CODE } = error.name(), { names::LAYER } = %layer.digest, %error, "layer is not shown");
+                        false
+                    }
+                }
             };
-            self.content.prove(&toc, proof).await?
-        };
         if proven {
             layer.compare(record.diff_id, record.size)?;
         }
-        Ok(proven)
+        Ok(proven.then_some(layer.digest))
     }
 }
