@@ -11,6 +11,9 @@ use millstream_toc::BlobRange;
 /// Namespaces that are searched, at most.
 const MAX_NAMESPACES: usize = 32;
 
+/// What helps where documents of an image are there and its layers are not.
+const KEEP_LAYERS: &str = "hint: does containerd keep what it has unpacked (discard_unpacked_layers = false)?";
+
 /// What containerd has of one image, in whichever of its namespaces. Content is found by its digest, so it does not matter
 /// which of them has it.
 #[derive(Debug)]
@@ -53,8 +56,14 @@ impl ContentStore {
 #[async_trait]
 impl BlobSource for ContentStore {
     async fn read(&self, blob: &Digest, range: BlobRange) -> Result<ByteStream, SourceError> {
-        let what = format!("blob {blob}");
-        let stream = self.first(&what, |space| async move { space.read(blob, range.start, range.len()).await }).await?;
+        // Asked first: a stream that begins does not say yet that there is such a blob.
+        let what = format!("layer {blob}");
+        let found = self.first(&what, |space| async move { space.blob_info(blob).await.map(|_| space) });
+        let space = found.await.map_err(|error| match error.kind {
+            ErrorKind::NotFound => SourceError::new(error.kind, format!("{error}; {KEEP_LAYERS}")),
+            _ => error,
+        })?;
+        let stream = space.read(blob, range.start, range.len()).await.map_err(|error| failed(&error))?;
         Ok(stream.map_err(|error| failed(&error)).boxed())
     }
 }

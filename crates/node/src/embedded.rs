@@ -129,6 +129,7 @@ impl Embedded {
     /// When containerd cannot be asked, or too many images are being indexed.
     pub async fn import(&self, image: &ImageRef, namespace: Option<&str>) -> Result<ImportStream, SourceError> {
         let source = ContentStore::open(self.containerd()?, namespace, image.to_string()).await?;
+        self.shrink().await;
         let stream = self.service.import_from(Arc::new(source), image);
         stream.map_err(|error| SourceError::new(ErrorKind::Exhausted, error.to_string()))
     }
@@ -142,12 +143,11 @@ impl Embedded {
         while let Some(message) = progress.next().await {
             message.map_err(|status| crate::server_client::failed("indexing", &status))?;
         }
-        self.shrink().await;
         Ok(())
     }
 
     /// Removes what was used least recently, if there is too much.
-    pub async fn shrink(&self) {
+    async fn shrink(&self) {
         let needed = |layer: &Digest| self.layers.layer(layer).is_some_and(|layer| layer.state() == LayerState::Lazy);
         match self.store.shrink(self.limit, SystemTime::now(), &needed).await {
             Ok(shrunk) if shrunk.layers > 0 => {

@@ -136,8 +136,6 @@ impl Indexer {
 
     /// Works until it is dropped.
     pub async fn work(&self, server: Embedded) {
-        // What was used least recently may have become too much while nobody looked.
-        server.shrink().await;
         loop {
             let next = self.state().queue.pop_front();
             let Some(next) = next else {
@@ -178,13 +176,9 @@ impl Indexer {
                 self.expect(next).await;
                 return;
             }
-            Err(error) if error.kind == ErrorKind::NotFound => (
-                "index.missing",
-                format!(
-                    "it cannot be indexed from this node's own copy: {error}; hint: does containerd keep what it has \
-                     unpacked (discard_unpacked_layers = false)?"
-                ),
-            ),
+            Err(error) if error.kind == ErrorKind::NotFound => {
+                ("index.missing", format!("it cannot be indexed from this node's own copy: {error}"))
+            }
             Err(error) => ("index.failed", format!("it could not be indexed from this node's own copy: {error}")),
         };
         if code != "index.done" {
