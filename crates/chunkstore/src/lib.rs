@@ -1,10 +1,12 @@
 #![doc = include_str!("../README.md")]
 
+mod content_keys;
 mod durable;
 mod error;
 mod index;
 mod layer;
 mod presence;
+mod share;
 mod store;
 mod views;
 
@@ -12,5 +14,6 @@ pub use durable::{Faults, NoFaults, Step};
 pub use error::StoreError;
 pub use index::{MAX_NUMBER, ViewKey, ViewSlot};
 pub use layer::{Layer, LayerState};
+pub use share::Shares;
 pub use store::{Store, StoreOptions};
 pub use views::ViewBytes;

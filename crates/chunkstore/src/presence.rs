@@ -53,6 +53,11 @@ impl Presence {
     }
 }
 
+/// Whether `words`, as [`Presence::snapshot`] gives them, have chunk `ix`.
+pub(crate) fn is_set(words: &[u64], ix: u32) -> bool {
+    words.get(ix as usize / 64).is_some_and(|word| word & bit(ix) != 0)
+}
+
 fn bit(ix: u32) -> u64 {
     1 << (ix % 64)
 }

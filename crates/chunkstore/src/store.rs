@@ -14,7 +14,7 @@ use redb::Database;
 
 use crate::durable::{self, Faults, NoFaults};
 use crate::index::{Index, LayerRecord};
-use crate::{Layer, LayerState, StoreError};
+use crate::{Layer, LayerState, StoreError, content_keys};
 
 /// How a store behaves.
 #[derive(Debug, Clone)]
@@ -41,6 +41,8 @@ pub struct Store {
     layers: Arc<Layers>,
     /// Held by [`Store::admit`] and [`Store::remove`]: they change the same directories.
     admission: Mutex<()>,
+    /// Held while it is looked for equal contents: one look at a time needs memory and makes files of keys.
+    pub(crate) comparing: Mutex<()>,
     _sync: Option<SyncThread>,
 }
 
@@ -101,7 +103,8 @@ impl Store {
             index,
             faults: options.faults,
             layers,
-            admission: Mutex::new(()),
+            admission: Mutex::default(),
+            comparing: Mutex::default(),
             _sync: sync,
         };
         store.load()?;
@@ -145,7 +148,7 @@ impl Store {
                 discard(&entry.path());
                 continue;
             }
-            for file in ["toc.tmp", "present.tmp"] {
+            for file in ["toc.tmp", "present.tmp", content_keys::TEMPORARY] {
                 if let Err(error) = durable::remove_file(&entry.path().join(file)) {
                     tracing::warn!(%error, "temporary file stays");
                 }

@@ -27,6 +27,7 @@ pub(crate) fn status(status: &wire::StatusResponse, output: Output) -> anyhow::R
                 "hydrate_bytes": transfer.hydrate_bytes,
                 "metadata_bytes": transfer.metadata_bytes,
                 "requests": transfer.requests,
+                "shared_bytes": transfer.shared_bytes,
             },
         }));
     }
@@ -36,12 +37,13 @@ pub(crate) fn status(status: &wire::StatusResponse, output: Output) -> anyhow::R
     writeln!(text, "background downloads:    {}", word(status.hydration_enabled))?;
     writeln!(
         text,
-        "transferred:             {} on demand, {} in the background, {} of tables, {} requests\n",
+        "transferred:             {} on demand, {} in the background, {} of tables, {} requests",
         HumanBytes(transfer.demand_bytes),
         HumanBytes(transfer.hydrate_bytes),
         HumanBytes(transfer.metadata_bytes),
         transfer.requests
     )?;
+    writeln!(text, "not transferred:         {} shared with other images\n", HumanBytes(transfer.shared_bytes))?;
     if status.layers.is_empty() {
         writeln!(text, "no lazy layers on this node")?;
         return Ok(text);

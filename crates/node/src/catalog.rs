@@ -302,6 +302,7 @@ mod tests {
     fn images_are_forgotten_with_their_last_layer() {
         let (_dir, catalog) = catalog();
         let layer = |text: &str| LayerRecord {
+            pending: false,
             digest: Digest::of(text.as_bytes()),
             diff_id: DiffId(Digest::of(b"d")),
             ineligible: None,

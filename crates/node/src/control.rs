@@ -84,6 +84,7 @@ impl Node for Control {
                 hydrate_bytes: counters.hydrate_bytes,
                 metadata_bytes: self.images.origins.server.as_ref().map_or(0, |server| server.metadata_bytes()),
                 requests: counters.requests,
+                shared_bytes: counters.shared_bytes,
             }),
             version: env!("CARGO_PKG_VERSION").into(),
         }))

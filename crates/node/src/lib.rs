@@ -12,7 +12,6 @@ pub mod labels;
 pub mod lookup;
 pub mod origin;
 pub mod server_client;
-pub mod settings;
 pub mod supervisor;
 pub mod views;
 pub mod worker;

@@ -4,8 +4,9 @@ use std::path::PathBuf;
 
 use anyhow::{Context, anyhow};
 use clap::{Parser, Subcommand};
-use millstream_node::settings::{LogFormat, LogSettings, Settings};
 use millstream_node::{supervisor, worker};
+use millstream_settings::node::Settings;
+use millstream_settings::{LogFormat, LogSettings};
 use tracing_subscriber::EnvFilter;
 
 /// The node daemon of Millstream: containers start before their image has arrived.
@@ -42,7 +43,7 @@ fn main() -> std::process::ExitCode {
 fn run() -> anyhow::Result<()> {
     let arguments = Arguments::parse();
     let settings = match &arguments.config {
-        Some(path) => Settings::read(path)?,
+        Some(path) => millstream_settings::read(path)?,
         None => Settings::default(),
     };
     if arguments.check_config {

@@ -14,6 +14,7 @@ use bytes::Bytes;
 use millstream_oci::{DiffId, Digest, ManifestDigest};
 use millstream_registry::Credential;
 use millstream_server::ImagesService;
+use millstream_settings::node::ServerSettings;
 use millstream_source::{ContentSource, ErrorKind, SourceError, WindowSource};
 use millstream_toc::DataRange;
 use millstream_wire::millstream::v1 as wire;
@@ -26,8 +27,6 @@ use tonic::transport::{Certificate, ClientTlsConfig, Endpoint, Identity};
 use tonic::{Code, Status};
 use tower::ServiceExt;
 use tower::util::BoxCloneSyncService;
-
-use crate::settings::ServerSettings;
 
 /// Bytes of one message; the server sends TOCs and content in pieces well below.
 const MAX_MESSAGE: usize = 32 * 1024 * 1024;

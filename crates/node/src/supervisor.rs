@@ -14,6 +14,7 @@ use std::process::{Child, Command};
 use std::time::{Duration, Instant};
 
 use anyhow::{Context, bail};
+use millstream_settings::node::Settings;
 use millstream_sys::fuse_device::{self, Mounted};
 use millstream_sys::process::spawn_with;
 use millstream_sys::signals::Signals;
@@ -23,8 +24,6 @@ use rustix::io::Errno;
 use rustix::net::sockopt::Timeout;
 use rustix::process::Signal;
 use tracing::{error, info, warn};
-
-use crate::settings::Settings;
 
 /// First pause before a worker that died is started again; doubled with every death, reset after [`GOOD_LIFE`].
 const FIRST_PAUSE: Duration = Duration::from_millis(100);

@@ -16,6 +16,7 @@ use millstream_layerfs::LayerFs;
 use millstream_oci::Digest;
 use millstream_prefetch::{FetchOptions, Fetcher};
 use millstream_registry::{Registry, RegistryOptions};
+use millstream_settings::node::Settings;
 use millstream_snapshots::{Options, SnapshotService, Snapshots};
 use millstream_source::names;
 use millstream_sys::fuse_device::write_message;
@@ -40,7 +41,6 @@ use crate::index::Indexer;
 use crate::lookup::Lookup;
 use crate::origin::Origins;
 use crate::server_client::Server;
-use crate::settings::Settings;
 use crate::supervisor::{FIRST, MAX_MESSAGE, SERVES, mountpoint};
 use crate::views::Views;
 
@@ -120,9 +120,10 @@ pub async fn run(settings: &Settings, inherited: Inheritance) -> anyhow::Result<
     let fetch = FetchOptions {
         slots: settings.fetch.connections,
         read_deadline: settings.fetch.read_deadline,
+        share: settings.fetch.sharing,
         ..FetchOptions::default()
     };
-    let fetcher = Fetcher::new(fetch, Arc::new(Reporter), tokio::runtime::Handle::current());
+    let fetcher = Fetcher::new(Arc::clone(&store), fetch, Arc::new(Reporter), tokio::runtime::Handle::current());
     fetcher.set_hydration(settings.fetch.hydration);
     let layerfs = Arc::new(LayerFs::new());
     let views = Arc::new(Views::new(Arc::clone(&store), Arc::clone(&layerfs), mountpoint(settings)));

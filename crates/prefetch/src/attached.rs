@@ -10,6 +10,7 @@ use tokio_util::sync::CancellationToken;
 use crate::around::{Fetched, RecentReads};
 use crate::flight::Flight;
 use crate::hydrate::Status;
+use crate::share::Sharing;
 
 /// Where the layers of one image come from.
 #[derive(Debug, Clone)]
@@ -45,6 +46,7 @@ pub(crate) struct Attached {
     /// Ends all work for the layer.
     pub(crate) cancel: CancellationToken,
     pub(crate) hydration: Status,
+    pub(crate) sharing: Sharing,
     sources: Mutex<Vec<Arc<Source>>>,
     next_source: AtomicU64,
     flights: Mutex<Vec<Arc<Flight>>>,
@@ -58,6 +60,7 @@ impl Attached {
             layer,
             cancel: CancellationToken::new(),
             hydration: Status::default(),
+            sharing: Sharing::default(),
             sources: Mutex::default(),
             next_source: AtomicU64::new(0),
             flights: Mutex::default(),

@@ -17,6 +17,8 @@ pub struct Counters {
     pub window_bytes: u64,
     /// Bytes of plain content received.
     pub content_bytes: u64,
+    /// Bytes of plain content taken over from other layers of the store.
+    pub shared_bytes: u64,
     /// Requests for compressed bytes and for content.
     pub requests: u64,
     /// Times a source gave bytes that do not match their digest.
@@ -30,6 +32,7 @@ pub(crate) struct Tally {
     received: [AtomicU64; 3],
     windows: AtomicU64,
     content: AtomicU64,
+    shared: AtomicU64,
     requests: AtomicU64,
     mismatches: AtomicU64,
 }
@@ -45,6 +48,10 @@ impl Tally {
 
     pub(crate) fn content(&self, bytes: usize) {
         self.content.fetch_add(bytes as u64, Ordering::Relaxed);
+    }
+
+    pub(crate) fn shared(&self, bytes: u64) {
+        self.shared.fetch_add(bytes, Ordering::Relaxed);
     }
 
     pub(crate) fn request(&self) {
@@ -64,6 +71,7 @@ impl Tally {
             hydrate_bytes: load(hydrate),
             window_bytes: load(&self.windows),
             content_bytes: load(&self.content),
+            shared_bytes: load(&self.shared),
             requests: load(&self.requests),
             digest_mismatches: load(&self.mismatches),
             active: active as u64,

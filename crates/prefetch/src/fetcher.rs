@@ -1,34 +1,30 @@
 //! The front door: layers come and go, readers ask for ranges.
 
 use std::collections::HashMap;
-use std::ops::Range;
 use std::sync::{Arc, PoisonError, RwLock};
 
 use bytes::Bytes;
-use millstream_chunkstore::{Layer, LayerState};
+use millstream_chunkstore::{Layer, Store};
 use millstream_oci::Digest;
 use millstream_source::{ErrorKind, Priority, SourceError, names};
 use millstream_toc::DataRange;
-use millstream_toc::format::{FormatError, SpanIx};
-use millstream_toc::read::Chunk;
 use tokio::runtime::Handle;
 
 use crate::attached::{Attached, ImageSources};
 use crate::counters::{Counters, Tally};
 use crate::deliver::{ChunkSink, MemorySink, store_failed, toc_failed};
-use crate::edges::{Edges, Half};
+use crate::edges::Edges;
+use crate::ensure::{Halves, missing};
 use crate::extract::{Attempt, bounded};
-use crate::flight::{self, Flight};
+use crate::flight;
 use crate::gate::{Gate, Urgency};
 use crate::hydrate::{Hydration, Progress};
 use crate::options::FetchOptions;
-use crate::plan::{self, Bounds, Group, Need};
+use crate::plan;
 use crate::queue::Limits;
+use crate::share::Turns;
 use crate::windows::Windows;
 
-/// How often a read looks again for what is missing before it gives up. More than twice is only needed when a fetch that
-/// was joined brought other chunks than hoped, or half of one.
-const ROUNDS: u32 = 4;
 /// Largest range that is fetched without storing it.
 const MAX_UNSTORED: u64 = 4 * 1024 * 1024;
 
@@ -42,22 +38,15 @@ pub trait FetchEvents: Send + Sync {
     fn failed(&self, layer: &Digest, error: &SourceError);
 }
 
-/// How to fetch a chunk that lies across the border of two spans.
-#[derive(Debug, Clone, Copy, PartialEq, Eq)]
-enum Halves {
-    /// With two fetches if need be; with none for a half that is there.
-    Joined,
-    /// With one fetch, whose source then answers for it.
-    Together,
-}
-
 /// What all fetches share.
 pub(crate) struct Shared {
+    pub(crate) store: Arc<Store>,
     pub(crate) options: FetchOptions,
     pub(crate) gate: Gate,
     pub(crate) tally: Tally,
     pub(crate) windows: Windows,
     pub(crate) edges: Arc<Edges>,
+    pub(crate) turns: Turns,
     pub(crate) events: Arc<dyn FetchEvents>,
     pub(crate) runtime: Handle,
 }
@@ -76,8 +65,8 @@ impl std::fmt::Debug for Fetcher {
 }
 
 impl Fetcher {
-    /// A fetcher with no layers, whose tasks run on `runtime`.
-    pub fn new(options: FetchOptions, events: Arc<dyn FetchEvents>, runtime: Handle) -> Arc<Self> {
+    /// A fetcher with no layers, whose tasks run on `runtime`. What a layer of `store` holds is not fetched for another one.
+    pub fn new(store: Arc<Store>, options: FetchOptions, events: Arc<dyn FetchEvents>, runtime: Handle) -> Arc<Self> {
         let limits = Limits {
             slots: options.slots,
             hydrate_slots: options.hydrate_slots,
@@ -91,6 +80,7 @@ impl Fetcher {
             starvation: options.starvation,
         };
         let shared = Arc::new(Shared {
+            store,
             gate: {
                 let _inside = runtime.enter();
                 Gate::new(limits)
@@ -98,6 +88,7 @@ impl Fetcher {
             tally: Tally::default(),
             windows: Windows::new(options.window_cache, options.window_batch),
             edges: Arc::new(Edges::new(options.edge_cache)),
+            turns: Turns::default(),
             events,
             runtime,
             options,
@@ -106,16 +97,23 @@ impl Fetcher {
         Arc::new(Self { shared, layers: RwLock::default(), hydration })
     }
 
-    /// Makes a layer known with where it comes from. Called again, it adds fresher sources, which are tried first; a few
-    /// older ones are kept.
+    /// Makes a layer known with where it comes from, and begins to take over what other layers hold of it. Called again, it
+    /// adds fresher sources, which are tried first; a few older ones are kept.
     pub fn attach(&self, layer: Arc<Layer>, sources: ImageSources) {
         let mut layers = self.layers.write().unwrap_or_else(PoisonError::into_inner);
-        let attached = layers.entry(layer.digest()).or_insert_with(|| Arc::new(Attached::new(layer.clone())));
-        if !Arc::ptr_eq(&attached.layer, &layer) {
-            // The layer was removed and admitted again meanwhile; what runs writes to files that are gone.
-            attached.cancel.cancel();
-            *attached = Arc::new(Attached::new(layer));
-        }
+        let known = layers.get(&layer.digest()).filter(|known| Arc::ptr_eq(&known.layer, &layer)).cloned();
+        let attached = known.unwrap_or_else(|| {
+            let attached = Arc::new(Attached::new(layer.clone()));
+            // If there is one: the layer was removed and admitted again meanwhile; what runs writes to files that are gone.
+            if let Some(before) = layers.insert(layer.digest(), attached.clone()) {
+                before.cancel.cancel();
+            }
+            let (shared, sharing) = (self.shared.clone(), attached.clone());
+            self.shared.runtime.spawn(async move {
+                sharing.cancel.run_until_cancelled(shared.share_all(&sharing)).await;
+            });
+            attached
+        });
         attached.add_sources(sources, self.shared.options.sources);
     }
 
@@ -143,7 +141,7 @@ impl Fetcher {
     pub async fn ensure(&self, layer: &Digest, range: DataRange, priority: Priority) -> Result<(), SourceError> {
         let attached = self.attached(layer)?;
         let deadline = self.shared.options.read_deadline;
-        let result = bounded(deadline, "missing chunks", self.ensure_attached(&attached, range, priority)).await;
+        let result = bounded(deadline, "missing chunks", self.shared.ensure(&attached, range, priority)).await;
         match &result {
             Ok(()) if priority == Priority::Demand => self.read_around(&attached, range),
             Err(error) if priority == Priority::Demand => tracing::warn!(
@@ -155,125 +153,6 @@ impl Fetcher {
         result
     }
 
-    async fn ensure_attached(
-        &self,
-        attached: &Arc<Attached>,
-        range: DataRange,
-        priority: Priority,
-    ) -> Result<(), SourceError> {
-        for round in 0..ROUNDS {
-            let missing = missing(&attached.layer, range)?;
-            if missing.is_empty() {
-                return Ok(());
-            }
-            // A half that was counted on may have been dropped, or may be wrong.
-            let halves = if round == 0 { Halves::Joined } else { Halves::Together };
-            flight::wait(&self.join(attached, &missing, priority, halves)?, range).await?;
-        }
-        if missing(&attached.layer, range)?.is_empty() {
-            return Ok(());
-        }
-        Err(SourceError::new(
-            ErrorKind::Local,
-            format!("fetched chunks of {} do not stay in the store", attached.layer.digest()),
-        ))
-    }
-
-    /// Fetches under way that bring `chunks`, after starting those that are not.
-    fn join(
-        &self,
-        attached: &Arc<Attached>,
-        chunks: &[Chunk],
-        priority: Priority,
-        halves: Halves,
-    ) -> Result<Vec<Arc<Flight>>, SourceError> {
-        let toc = attached.layer.toc();
-        let mut flights = attached.flights();
-        let mut joined: Vec<Arc<Flight>> = Vec::new();
-        let mut rest = Vec::new();
-        for chunk in chunks {
-            for need in self.needs(attached, *chunk, halves).map_err(toc_failed)? {
-                match flights.iter().find(|flight| flight.covers(&need.spans)) {
-                    None => rest.push(need),
-                    Some(flight) if joined.iter().any(|other| Arc::ptr_eq(other, flight)) => {}
-                    Some(flight) => joined.push(flight.clone()),
-                }
-            }
-        }
-        for flight in &joined {
-            flight.urgency.raise(&self.shared.gate, priority);
-        }
-        for mut group in plan::plan(toc, &rest, self.bounds(priority)).map_err(toc_failed)? {
-            if priority == Priority::Demand {
-                self.read_on(attached, &mut group).map_err(toc_failed)?;
-            }
-            let flight = self.start(attached, group, priority);
-            flights.push(flight.clone());
-            joined.push(flight);
-        }
-        Ok(joined)
-    }
-
-    /// What to fetch for a chunk that was missing: nothing if it came meanwhile. Called with the list of flights locked:
-    /// one that is not on it any more has delivered everything.
-    fn needs(&self, attached: &Attached, chunk: Chunk, halves: Halves) -> Result<Vec<Need>, FormatError> {
-        let toc = attached.layer.toc();
-        let Some(spans) = plan::spans_of(toc, chunk)? else { return Ok(Vec::new()) };
-        let together = halves == Halves::Together || !plan::has_halves(toc, chunk, &spans)?;
-        let half = if together { None } else { self.shared.edges.half(&attached.layer.digest(), chunk.ix) };
-        if attached.layer.has(chunk.ix) {
-            return Ok(Vec::new());
-        }
-        if together {
-            return Ok(vec![Need { chunk, spans }]);
-        }
-        let missing = match half {
-            None => spans,
-            Some(Half::Head) => spans.start + 1..spans.end,
-            Some(Half::Tail) => spans.start..spans.start + 1,
-        };
-        Ok(missing.map(|span| Need { chunk, spans: span..span + 1 }).collect())
-    }
-
-    /// Lets a reader's request go on over the next spans where others nearby were read. They cost no round trip, and
-    /// nothing of them comes before what the reader waits for.
-    fn read_on(&self, attached: &Attached, group: &mut Group) -> Result<(), FormatError> {
-        let options = &self.shared.options;
-        let toc = attached.layer.toc();
-        let end = attached.fetched().read_on(&group.spans, options.near, options.near_fetched, options.read_on);
-        for next in group.spans.end..end.min(toc.span_count()) {
-            let span = toc.span(next)?;
-            if span.blob.start < attached.hydration.blob_bytes() {
-                break;
-            }
-            group.spans.end = next + 1;
-            group.blob.end = span.blob.end;
-        }
-        Ok(())
-    }
-
-    fn start(&self, attached: &Arc<Attached>, group: Group, priority: Priority) -> Arc<Flight> {
-        let spans: Range<SpanIx> = group.spans.clone();
-        attached.fetched().note(&spans);
-        tracing::debug!(
-            { names::LAYER } = %attached.layer.digest(), ?spans, bytes = group.blob.len(), chunks = group.chunks.len(),
-            ?priority, "fetching",
-        );
-        let flight = Arc::new(Flight::new(attached.layer.clone(), self.shared.edges.clone(), spans, priority));
-        let task = flight::fly(self.shared.clone(), attached.clone(), flight.clone(), group);
-        self.shared.runtime.spawn(task);
-        flight
-    }
-
-    fn bounds(&self, priority: Priority) -> Bounds {
-        let options = &self.shared.options;
-        let spans = match priority {
-            Priority::Demand => options.demand_spans,
-            Priority::Prefetch | Priority::Hydrate => options.prefetch_spans,
-        };
-        Bounds { spans, gap: options.gap }
-    }
-
     /// Starts fetching what will probably be read after `range`. Nobody waits for it, and a full queue drops it.
     fn read_around(&self, attached: &Arc<Attached>, range: DataRange) {
         let options = &self.shared.options;
@@ -283,8 +162,10 @@ impl Fetcher {
         let content = DataRange::with_len(record.data_off.get(), record.size.get());
         let ahead = attached.recent().after(ix, content, range, options.small_file, options.read_ahead);
         let Some(ahead) = ahead else { return };
-        let started = missing(&attached.layer, ahead)
-            .and_then(|chunks| self.join(attached, &chunks, Priority::Prefetch, Halves::Joined));
+        let started = missing(&attached.layer, ahead).and_then(|mut chunks| {
+            chunks.retain(|chunk| !attached.will_be_shared(chunk.data));
+            self.shared.join(attached, &chunks, Priority::Prefetch, Halves::Joined)
+        });
         if let Err(error) = started {
             tracing::debug!({ names::LAYER } = %attached.layer.digest(), %error, "nothing is read around");
         }
@@ -314,7 +195,7 @@ impl Fetcher {
         let urgency = Urgency::new(Priority::Demand);
         let toc = attached.layer.toc();
         let groups =
-            plan::whole(toc, &missing).and_then(|needs| plan::plan(toc, &needs, self.bounds(Priority::Demand)));
+            plan::whole(toc, &missing).and_then(|needs| plan::plan(toc, &needs, self.shared.bounds(Priority::Demand)));
         let groups = groups.map_err(toc_failed)?;
         let all = async {
             for group in &groups {
@@ -362,11 +243,4 @@ impl Drop for Fetcher {
             attached.cancel.cancel();
         }
     }
-}
-
-fn missing(layer: &Layer, range: DataRange) -> Result<Vec<Chunk>, SourceError> {
-    if let LayerState::Quarantined { reason } = layer.state() {
-        return Err(SourceError::new(ErrorKind::Local, format!("layer {} is quarantined: {reason}", layer.digest())));
-    }
-    layer.missing(range).map_err(store_failed)
 }

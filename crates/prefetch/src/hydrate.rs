@@ -204,6 +204,8 @@ impl Hydration {
     /// Reads the whole blob once, stores it and judges it.
     async fn pass(&self, attached: &Arc<Attached>) -> Result<(), Failure> {
         let shared = &*self.shared;
+        // Again: what came since for other layers may be of use for this one.
+        shared.share_all(attached).await;
         let pass = Pass { shared, attached, enabled: self.enabled.subscribe(), used: Mutex::default() };
         attached.hydration.blob_bytes.store(0, Ordering::Relaxed);
         let (sender, parts) = mpsc::channel(1);

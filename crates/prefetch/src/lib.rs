@@ -5,6 +5,7 @@ mod attached;
 mod counters;
 mod deliver;
 mod edges;
+mod ensure;
 mod extract;
 mod fetcher;
 mod flight;
@@ -16,6 +17,7 @@ mod part;
 pub mod plan;
 pub mod queue;
 mod rebuild;
+mod share;
 mod windows;
 
 pub use attached::ImageSources;

@@ -80,6 +80,10 @@ pub struct FetchOptions {
     pub window_cache: usize,
     /// Bytes of half chunks that are kept until the other half comes.
     pub edge_cache: usize,
+    /// Whether content that other layers of the store hold is taken over instead of being fetched.
+    pub share: bool,
+    /// How long a reader waits until it is known what other layers hold.
+    pub share_patience: Duration,
     /// Layers hydrated at once.
     pub hydrations: usize,
     /// Compressed bytes of one hydration request: what is under way cannot be taken back when a reader comes.
@@ -121,6 +125,8 @@ impl Default for FetchOptions {
             window_batch: 4,
             window_cache: 8 * 1024 * 1024,
             edge_cache: 4 * 1024 * 1024,
+            share: true,
+            share_patience: Duration::from_millis(200),
             hydrations: 1,
             part_size: 512 * 1024,
             parts_in_flight: 8,

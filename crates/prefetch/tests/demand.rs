@@ -219,6 +219,7 @@ async fn what_was_synced_is_not_fetched_again_after_a_restart() {
     let layer = store.layer(&image.digest).unwrap();
     assert_eq!(layer.bytes_present(), present);
     let fetcher = millstream_prefetch::Fetcher::new(
+        store.clone(),
         options(),
         std::sync::Arc::new(fixture::Told::default()),
         tokio::runtime::Handle::current(),

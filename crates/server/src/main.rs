@@ -1,6 +1,6 @@
 //! `millstream-server`: settings, log, signals; all else is in the library.
 
-mod settings;
+mod options;
 
 use std::path::PathBuf;
 use std::process::ExitCode;
@@ -9,10 +9,10 @@ use anyhow::Context;
 use clap::Parser;
 use millstream_registry::Registry;
 use millstream_server::{ImagesService, Listener, Store};
+use millstream_settings::server::Settings;
+use millstream_settings::{LogFormat, LogSettings};
 use tokio::signal::unix::{SignalKind, signal};
 use tracing_subscriber::EnvFilter;
-
-use crate::settings::{LogFormat, LogSettings, Settings};
 
 /// Makes and serves tables of contents of container images, so that containers start before their image has arrived.
 #[derive(Debug, Parser)]
@@ -37,7 +37,7 @@ fn main() -> ExitCode {
 }
 
 fn start(arguments: &Arguments) -> anyhow::Result<()> {
-    let settings = Settings::read(&arguments.config)?;
+    let settings: Settings = millstream_settings::read(&arguments.config)?;
     if arguments.check_config {
         println!("{}: settings are fine", arguments.config.display());
         return Ok(());
@@ -53,9 +53,9 @@ async fn run(settings: Settings) -> anyhow::Result<()> {
     let mut terminate = signal(SignalKind::terminate())?;
     let mut interrupt = signal(SignalKind::interrupt())?;
     let store = Store::open(&settings.store)?;
-    let registry = Registry::new(settings.registry_options())?;
-    let service = ImagesService::new(store, registry, settings.service_options());
-    let listener = Listener::bind(&settings.listen_options())?;
+    let registry = Registry::new(options::registry(&settings))?;
+    let service = ImagesService::new(store, registry, options::service(&settings));
+    let listener = Listener::bind(&options::listen(&settings))?;
     tracing::info!(address = %listener.address(), store = %settings.store, tls = settings.tls.is_some(), "listening");
     let shutdown = async {
         tokio::select! {

@@ -49,10 +49,27 @@ impl MediaTypes {
     }
 }
 
+/// A layer whose bytes are given, whatever they are.
+#[derive(Debug, Clone)]
+pub struct Blob {
+    /// What the registry stores.
+    pub bytes: Vec<u8>,
+    /// What the manifest says it is.
+    pub media_type: String,
+    /// SHA-256 that the config says the tar has, 64 hexadecimal digits.
+    pub diff_id: String,
+}
+
+#[derive(Debug, Clone)]
+enum Layer {
+    Entries(Vec<Entry>, Packing),
+    Blob(Blob),
+}
+
 /// An image to be written.
 #[derive(Debug, Clone, Default)]
 pub struct Image {
-    layers: Vec<(Vec<Entry>, Packing)>,
+    layers: Vec<Layer>,
     media_types: MediaTypes,
     entrypoint: Vec<String>,
     command: Vec<String>,
@@ -77,7 +94,14 @@ impl Image {
     /// With one more layer on top.
     #[must_use]
     pub fn layer(mut self, entries: Vec<Entry>, packing: Packing) -> Self {
-        self.layers.push((entries, packing));
+        self.layers.push(Layer::Entries(entries, packing));
+        self
+    }
+
+    /// With these bytes as one more layer on top.
+    #[must_use]
+    pub fn blob(mut self, blob: Blob) -> Self {
+        self.layers.push(Layer::Blob(blob));
         self
     }
 
@@ -120,9 +144,14 @@ impl Image {
         std::fs::write(layout.join("oci-layout"), r#"{"imageLayoutVersion":"1.0.0"}"#)?;
         let mut layers = Vec::with_capacity(self.layers.len());
         let mut descriptors = Vec::with_capacity(self.layers.len());
-        for (entries, packing) in &self.layers {
-            let info = write_blob(&blobs, entries, *packing)?;
-            descriptors.push(descriptor(self.media_types.layer(*packing), &info.digest, info.size));
+        for layer in &self.layers {
+            let (info, media_type) = match layer {
+                Layer::Entries(entries, packing) => {
+                    (write_blob(&blobs, entries, *packing)?, self.media_types.layer(*packing))
+                }
+                Layer::Blob(blob) => (write_bytes(&blobs, blob)?, blob.media_type.as_str()),
+            };
+            descriptors.push(descriptor(media_type, &info.digest, info.size));
             layers.push(info);
         }
         let config = write_json(&blobs, &self.config(&layers), self.media_types.config())?;
@@ -132,9 +161,8 @@ impl Image {
             "config": config,
             "layers": descriptors,
         });
-        let mut manifest = write_json(&blobs, &manifest, self.media_types.manifest())?;
+        let manifest = write_json(&blobs, &manifest, self.media_types.manifest())?;
         let digest = manifest["digest"].as_str().unwrap_or_default().to_owned();
-        manifest["annotations"] = json!({ "org.opencontainers.image.ref.name": tag });
         add_to_index(layout, tag, manifest)?;
         Ok(ImageInfo { manifest: digest, layers })
     }
@@ -269,6 +297,31 @@ fn write_blob(blobs: &Path, entries: &[Entry], packing: Packing) -> Result<Layer
     Ok(info)
 }
 
+fn write_bytes(blobs: &Path, blob: &Blob) -> Result<LayerInfo> {
+    let digest = hex::encode(Sha256::digest(&blob.bytes));
+    std::fs::write(blobs.join(&digest), &blob.bytes)?;
+    Ok(LayerInfo { digest, size: blob.bytes.len() as u64, diff_id: blob.diff_id.clone() })
+}
+
+/// Writes an image index of these images into a layout that has them, under `tag`.
+///
+/// # Errors
+///
+/// If a file cannot be read or written.
+pub fn write_index(layout: &Path, tag: &str, images: &[ImageInfo]) -> Result<()> {
+    const INDEX: &str = "application/vnd.oci.image.index.v1+json";
+    let blobs = layout.join("blobs/sha256");
+    let mut manifests = Vec::with_capacity(images.len());
+    for image in images {
+        let digest = image.manifest.trim_start_matches("sha256:");
+        let size = std::fs::metadata(blobs.join(digest)).with_context(|| format!("manifest {digest}"))?.len();
+        manifests.push(descriptor(MediaTypes::Oci.manifest(), digest, size));
+    }
+    let index = json!({ "schemaVersion": 2, "mediaType": INDEX, "manifests": manifests });
+    let index = write_json(&blobs, &index, INDEX)?;
+    add_to_index(layout, tag, index)
+}
+
 fn write_json(blobs: &Path, value: &impl Serialize, media_type: &str) -> Result<Value> {
     let bytes = serde_json::to_vec(value)?;
     let digest = hex::encode(Sha256::digest(&bytes));
@@ -277,7 +330,8 @@ fn write_json(blobs: &Path, value: &impl Serialize, media_type: &str) -> Result<
 }
 
 /// The layout's index with this manifest in place of an older one of the same tag.
-fn add_to_index(layout: &Path, tag: &str, manifest: Value) -> Result<()> {
+fn add_to_index(layout: &Path, tag: &str, mut manifest: Value) -> Result<()> {
+    manifest["annotations"] = json!({ "org.opencontainers.image.ref.name": tag });
     let path: PathBuf = layout.join("index.json");
     let mut manifests: Vec<Value> = match File::open(&path) {
         Ok(file) => serde_json::from_reader::<_, Value>(file)?["manifests"].as_array().cloned().unwrap_or_default(),

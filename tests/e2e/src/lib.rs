@@ -17,5 +17,6 @@ pub mod spoil;
 pub mod stage;
 mod sweep;
 pub mod tree;
+pub mod view;
 pub mod web;
 pub mod workdir;

@@ -21,6 +21,8 @@ pub enum Need {
     Program(&'static str),
     /// containerd 2.x with its `ctr` and shim, as `tests/tools/install.sh` builds it.
     Containerd2,
+    /// containerd's own suite for snapshotters, as `tests/tools/install.sh` builds it.
+    Conformance,
     /// A program of this project, built in the same profile as the test.
     Product(&'static str),
 }
@@ -32,6 +34,7 @@ impl Need {
             Self::Root => rustix::process::geteuid().is_root(),
             Self::Program(name) => program(name).is_some(),
             Self::Containerd2 => containerd_2_dir().join("containerd").is_file(),
+            Self::Conformance => conformance_suite().is_file(),
             Self::Product(name) => product(name).is_some(),
         }
     }
@@ -41,6 +44,7 @@ impl Need {
             Self::Root => "root privileges".to_owned(),
             Self::Program(name) => format!("program {name}"),
             Self::Containerd2 => format!("containerd {CONTAINERD_2} (tests/tools/install.sh)"),
+            Self::Conformance => "containerd's suite for snapshotters (tests/tools/install.sh)".to_owned(),
             Self::Product(name) => format!("{name} (cargo build --bin {name})"),
         }
     }
@@ -97,7 +101,15 @@ pub fn product(name: &str) -> Option<PathBuf> {
 
 /// Where `tests/tools/install.sh` puts the programs of containerd 2.x.
 pub fn containerd_2_dir() -> PathBuf {
+    tools().join(format!("containerd-{CONTAINERD_2}/bin"))
+}
+
+/// The program that `tests/tools/install.sh` makes of `tests/conformance`.
+pub fn conformance_suite() -> PathBuf {
+    tools().join("conformance.test")
+}
+
+fn tools() -> PathBuf {
     let root = Path::new(env!("CARGO_MANIFEST_DIR")).join("../..");
-    let tools = std::env::var_os("MILLSTREAM_TOOLS").map_or_else(|| root.join("target/tools"), PathBuf::from);
-    tools.join(format!("containerd-{CONTAINERD_2}/bin"))
+    std::env::var_os("MILLSTREAM_TOOLS").map_or_else(|| root.join("target/tools"), PathBuf::from)
 }

@@ -184,6 +184,20 @@ impl Registry {
         output(&mut command).map(drop)
     }
 
+    /// Copies the image index with this tag of an OCI layout, and all its images, to `repository:tag`, byte for byte.
+    ///
+    /// # Errors
+    ///
+    /// If the layout has no such index, or `skopeo` fails.
+    pub fn push_all(&self, layout: &Path, tag: &str, name_and_tag: &str) -> Result<()> {
+        let mut command = Command::new("skopeo");
+        command.args(["--insecure-policy", "copy", "--quiet", "--all", "--preserve-digests"]);
+        command.arg("--dest-tls-verify=false");
+        command.arg(format!("oci:{}:{tag}", layout.display()));
+        command.arg(format!("docker://{}", self.reference(name_and_tag)));
+        output(&mut command).map(drop)
+    }
+
     /// Writes the `hosts.toml` of this registry into a certs.d directory, as containerd and millstreamd read it.
     ///
     /// # Errors

@@ -14,7 +14,7 @@ use millstream_wire::millstream::v1::layer_status::State;
 use crate::containerd::{Containerd, ContainerdOptions, Snapshotter, Version};
 use crate::cri::Cri;
 use crate::daemons::{NODE, Node, NodeOptions, SERVER, Server, ServerOptions};
-use crate::image::{Image, ImageInfo, pause};
+use crate::image::{Image, ImageInfo, pause, write_index};
 use crate::need::{self, CONTAINERS, Need, product};
 use crate::process::eventually;
 use crate::registry::{Login, Registry, RegistryOptions, Request, free_address};
@@ -161,6 +161,22 @@ impl Stage {
         Ok(Pushed { reference: format!("{}/{name}:1", self.host()?), info })
     }
 
+    /// Puts many images into the repository `name`, where each is known by its digest.
+    ///
+    /// # Errors
+    ///
+    /// If one cannot be written, or they cannot be pushed.
+    pub fn push_many(&self, name: &str, images: &[Image]) -> Result<Vec<Pushed>> {
+        let layout = self.work.dir(&format!("layout-{name}"))?;
+        let infos: Vec<ImageInfo> = images.iter().map(|image| image.write(&layout, "latest")).collect::<Result<_>>()?;
+        write_index(&layout, "all", &infos)?;
+        self.registry()?.push_all(&layout, "all", &format!("{name}:all"))?;
+        let host = self.host()?;
+        let pushed =
+            infos.into_iter().map(|info| Pushed { reference: format!("{host}/{name}@{}", info.manifest), info });
+        Ok(pushed.collect())
+    }
+
     /// Puts an image that a layout has under `tag` into the registry, as `name:1`, and imports it.
     ///
     /// # Errors
@@ -240,8 +256,21 @@ impl Stage {
     ///
     /// If it does not start.
     pub fn oracle(&self) -> Result<Containerd> {
-        let options = self.containerd_options(Version::V1, Snapshotter::Overlayfs, false)?;
-        Containerd::start_as(&self.work, "oracle", options)
+        self.oracle_of(Version::V1)
+    }
+
+    /// The same of another version; one of each may stand beside the other.
+    ///
+    /// # Errors
+    ///
+    /// If it does not start.
+    pub fn oracle_of(&self, version: Version) -> Result<Containerd> {
+        let options = self.containerd_options(version, Snapshotter::Overlayfs, false)?;
+        let name = match version {
+            Version::V1 => "oracle",
+            Version::V2 => "oracle2",
+        };
+        Containerd::start_as(&self.work, name, options)
     }
 
     fn containerd_options(

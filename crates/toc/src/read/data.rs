@@ -127,6 +127,19 @@ impl Toc {
         if digest == [0; SHORT_DIGEST] { Err(damaged("digest of a chunk is zero")) } else { Ok(digest) }
     }
 
+    /// Digests of all chunks of `content`, in order. With the size they say exactly which bytes it has.
+    ///
+    /// # Errors
+    ///
+    /// When the digests are out of range, or one is gone.
+    pub fn chunk_digests(&self, content: &ContentRecord) -> Result<&[[u8; SHORT_DIGEST]], FormatError> {
+        let count =
+            u32::try_from(content.size.get().div_ceil(CHUNK_SIZE)).map_err(|_| damaged("chunk out of range"))?;
+        let all = self.table::<[u8; SHORT_DIGEST]>(Table::Chunks)?;
+        let digests = all.get(indices(content.first_chunk.get(), count)).ok_or(damaged("chunk out of range"))?;
+        if digests.contains(&[0; SHORT_DIGEST]) { Err(damaged("digest of a chunk is zero")) } else { Ok(digests) }
+    }
+
     /// The content that chunk `ix` is part of.
     ///
     /// # Errors

@@ -1,0 +1,13 @@
+#![doc = include_str!("../README.md")]
+
+pub mod amount;
+pub mod error;
+pub mod log;
+pub mod node;
+pub mod reference;
+mod schema;
+pub mod server;
+
+pub use error::SettingsError;
+pub use log::{LogFormat, LogSettings};
+pub use schema::{Schema, parse, read};

@@ -1,0 +1,228 @@
+//! The settings of `millstreamd`; the sample is `config/millstreamd.toml`.
+
+use std::net::IpAddr;
+use std::path::PathBuf;
+use std::time::Duration;
+
+use serde::{Deserialize, Serialize};
+
+use crate::{LogSettings, Schema, SettingsError, amount};
+
+/// Everything that can be set.
+#[derive(Debug, Clone, PartialEq, Deserialize, Serialize)]
+#[serde(default, deny_unknown_fields)]
+pub struct Settings {
+    /// Directory of all state, made with mode 0700. Must not be on overlayfs.
+    pub root: PathBuf,
+    /// Unix socket for containerd and for the command line, made with mode 0600.
+    pub socket: PathBuf,
+    /// Longest time that one image-level decision may take while containerd waits: 1 ms to 30 s.
+    #[serde(with = "amount::duration")]
+    pub decision_deadline: Duration,
+    /// Where TOCs come from.
+    pub server: ServerSettings,
+    /// How registries are reached.
+    pub registry: RegistrySettings,
+    /// How content is fetched.
+    pub fetch: FetchSettings,
+    /// The containerd that this node serves.
+    pub containerd: ContainerdSettings,
+    /// What is logged.
+    pub log: LogSettings,
+}
+
+/// `[server]`: the remote file system service.
+#[derive(Debug, Clone, PartialEq, Eq, Deserialize, Serialize)]
+#[serde(default, deny_unknown_fields)]
+pub struct ServerSettings {
+    /// `"https://HOST:PORT"`; `"http://"` only for a loopback address. Empty: the embedded server.
+    pub address: String,
+    /// PEM file with the certificates that may have signed the server's. Needed for `https`.
+    pub ca: Option<PathBuf>,
+    /// PEM file with this node's certificate, for servers that ask for one; together with `key`.
+    pub cert: Option<PathBuf>,
+    /// PEM file with its key.
+    pub key: Option<PathBuf>,
+    /// Without `address`: whether this node makes TOCs by itself, from what ordinary pulls leave in containerd.
+    pub embedded: bool,
+    /// Bytes of TOCs and windows that it keeps; beyond that, what was used least recently goes.
+    #[serde(with = "amount::size")]
+    pub embedded_limit: u64,
+}
+
+/// `[registry]`.
+#[derive(Debug, Clone, PartialEq, Eq, Deserialize, Serialize)]
+#[serde(default, deny_unknown_fields)]
+pub struct RegistrySettings {
+    /// containerd's directory of `HOST/hosts.toml` files: mirrors, certificates, plain HTTP.
+    pub hosts_dir: PathBuf,
+    /// A docker `config.json` with credentials; absent: anonymous.
+    pub docker_config: Option<PathBuf>,
+}
+
+/// `[fetch]`.
+#[derive(Debug, Clone, PartialEq, Eq, Deserialize, Serialize)]
+#[serde(default, deny_unknown_fields)]
+pub struct FetchSettings {
+    /// Whether images are made wholly local in the background.
+    pub hydration: bool,
+    /// Whether content that other images on this node hold is taken over instead of being fetched.
+    pub sharing: bool,
+    /// Requests to registries and server under way at once, at least 2; one is kept for readers that wait.
+    pub connections: usize,
+    /// How long a read may wait for its bytes before it fails with EIO.
+    #[serde(with = "amount::duration")]
+    pub read_deadline: Duration,
+}
+
+/// `[containerd]`.
+#[derive(Debug, Clone, PartialEq, Eq, Deserialize, Serialize)]
+#[serde(default, deny_unknown_fields)]
+pub struct ContainerdSettings {
+    /// Its unix socket: asked which image a client means that does not name it, and for what ordinary pulls have left. Empty:
+    /// not asked.
+    pub address: PathBuf,
+}
+
+impl Default for Settings {
+    fn default() -> Self {
+        Self {
+            root: "/var/lib/millstream".into(),
+            socket: "/run/millstream/millstream.sock".into(),
+            decision_deadline: Duration::from_secs(1),
+            server: ServerSettings::default(),
+            registry: RegistrySettings::default(),
+            fetch: FetchSettings::default(),
+            containerd: ContainerdSettings::default(),
+            log: LogSettings::default(),
+        }
+    }
+}
+
+impl Default for RegistrySettings {
+    fn default() -> Self {
+        Self { hosts_dir: "/etc/containerd/certs.d".into(), docker_config: None }
+    }
+}
+
+impl Default for ContainerdSettings {
+    fn default() -> Self {
+        Self { address: "/run/containerd/containerd.sock".into() }
+    }
+}
+
+impl Default for ServerSettings {
+    fn default() -> Self {
+        Self { address: String::new(), ca: None, cert: None, key: None, embedded: true, embedded_limit: 1 << 30 }
+    }
+}
+
+impl Default for FetchSettings {
+    fn default() -> Self {
+        Self { hydration: true, sharing: true, connections: 8, read_deadline: Duration::from_secs(60) }
+    }
+}
+
+/// containerd holds a lock while a decision is made.
+const MAX_DECISION: Duration = Duration::from_secs(30);
+
+impl Schema for Settings {
+    const SAMPLE: &'static str = include_str!("../../../config/millstreamd.toml");
+
+    fn complete() -> Self {
+        Self::default()
+    }
+
+    fn check(&self) -> Result<(), SettingsError> {
+        for (key, path) in [("root", &self.root), ("socket", &self.socket)] {
+            if !path.is_absolute() {
+                return Err(SettingsError::value(key, format!("{path:?} must be an absolute path")));
+            }
+        }
+        let connections = self.fetch.connections;
+        if connections < 2 {
+            let reason = format!("is {connections}, but one connection is kept for readers: set at least 2");
+            return Err(SettingsError::value("fetch.connections", reason));
+        }
+        if self.decision_deadline.is_zero() || self.decision_deadline > MAX_DECISION {
+            let reason = "must be between \"1ms\" and \"30s\": containerd holds a lock meanwhile";
+            return Err(SettingsError::value("decision_deadline", reason));
+        }
+        self.server.check()
+    }
+}
+
+impl ServerSettings {
+    fn check(&self) -> Result<(), SettingsError> {
+        if self.cert.is_some() != self.key.is_some() {
+            let key = if self.cert.is_some() { "server.cert" } else { "server.key" };
+            return Err(SettingsError::value(key, "server.cert and server.key belong together: set both or none"));
+        }
+        let refuse = |reason: String| Err(SettingsError::value("server.address", reason));
+        if self.address.starts_with("https://") && self.ca.is_none() {
+            return refuse(format!(
+                "{:?} needs server.ca: the PEM file of the authority that signed the server's certificate",
+                self.address
+            ));
+        }
+        if self.address.is_empty() || self.address.starts_with("https://") {
+            return Ok(());
+        }
+        let Some(rest) = self.address.strip_prefix("http://") else {
+            return refuse(format!("{:?} must begin with https:// (or http:// for a loopback address)", self.address));
+        };
+        let host = rest.rsplit_once(':').map_or(rest, |(host, _)| host).trim_matches(['[', ']']);
+        let loopback = host == "localhost" || host.parse::<IpAddr>().is_ok_and(|address| address.is_loopback());
+        if !loopback {
+            return refuse(format!(
+                "{:?} is plain HTTP to another machine: whoever is on the way could change what containers run; hint: give \
+                 millstream-server a certificate, use https:// and set server.ca",
+                self.address
+            ));
+        }
+        Ok(())
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+    use crate::parse;
+
+    #[test]
+    fn what_cannot_work_is_refused_with_a_way_out() {
+        for (text, expected) in [
+            ("rot = \"/x\"", "unknown key `rot` in line 1; did you mean `root`?"),
+            (
+                "[fetch]\n\nconections = 1",
+                "unknown key `fetch.conections` in line 3; did you mean `fetch.connections`?",
+            ),
+            ("connections = 1", "did you mean `fetch.connections`?"),
+            ("[fetsch]\nhydration = true", "unknown key `fetsch` in line 1; did you mean `fetch`?"),
+            ("zebra = 1", "unknown key `zebra` in line 1"),
+            ("[log.level]\nx = 1", "line 1, column 1"),
+            ("root = ", "line 1, column 8"),
+            ("[fetch]\nconnections = 1", "fetch.connections in line 2: is 1, but one connection is kept"),
+            ("decision_deadline = \"2min\"", "containerd holds a lock"),
+            ("root = \"relative\"", "absolute"),
+            ("[server]\naddress = \"http://10.0.0.1:7443\"", "server.ca"),
+            ("[server]\naddress = \"server:7443\"", "https://"),
+            ("[server]\naddress = \"https://server:7443\"", "needs server.ca"),
+            ("[server]\ncert = \"/c.pem\"", "server.cert in line 2: server.cert and server.key belong together"),
+            ("decision_deadline = \"soon\"", "is not a duration such as \"30s\""),
+            ("decision_deadline = 5", "line 1, column 21"),
+        ] {
+            let error = parse::<Settings>(text).unwrap_err().to_string();
+            assert!(error.contains(expected), "{text}: {error}");
+        }
+        for address in ["http://127.0.0.1:7443", "http://[::1]:7443", "http://localhost:1"] {
+            parse::<Settings>(&format!("[server]\naddress = {address:?}")).unwrap();
+        }
+    }
+
+    #[test]
+    fn a_name_that_nothing_resembles_gets_no_suggestion() {
+        let error = parse::<Settings>("zebra = 1").unwrap_err().to_string();
+        assert!(!error.contains("did you mean"), "{error}");
+    }
+}
