@@ -1,6 +1,7 @@
 //! `millstream`, the command line of Millstream.
 
 mod connect;
+mod pull;
 mod show;
 
 use std::io::{Read, Write};
@@ -56,6 +57,8 @@ enum Command {
         #[command(flatten)]
         server: ServerArguments,
     },
+    /// Pull an image into containerd, lazily: for users of `ctr` and other clients that fetch every layer first.
+    Pull(pull::PullArguments),
     /// Switch streaming of new images on this node; running containers stay as they are.
     Streaming {
         /// The new state.
@@ -122,6 +125,7 @@ async fn run(arguments: Arguments) -> anyhow::Result<()> {
             let answer = connect::node(&arguments.socket).await?.explain(request).await;
             show::decisions(&image, &answer.map_err(connect::refused)?.into_inner().decisions, arguments.output)?
         }
+        Command::Pull(wanted) => pull::pull(&wanted, &arguments.socket, arguments.output).await?,
         Command::Streaming { state } => {
             let request = wire::SetStreamingRequest { enabled: state == Switch::On };
             connect::node(&arguments.socket).await?.set_streaming(request).await.map_err(connect::refused)?;

@@ -64,7 +64,7 @@ const ARROWS: [(&str, &[&str]); 18] = [
         ],
     ),
     ("server", &["oci", "registry", "settings", "source", "toc", "wire"]),
-    ("cli", &["settings", "wire"]),
+    ("cli", &["containerd", "oci", "registry", "settings", "source", "toc", "wire"]),
     ("e2e", &["sys", "wire"]),
 ];
 

@@ -123,6 +123,12 @@ impl Default for FetchSettings {
     }
 }
 
+impl Default for ContainerdSettings {
+    fn default() -> Self {
+        Self { address: "/run/containerd/containerd.sock".into() }
+    }
+}
+
 /// containerd holds a lock while a decision is made.
 const MAX_DECISION: Duration = Duration::from_secs(30);
 

@@ -38,6 +38,8 @@ pub struct NodeOptions {
     pub certs_d: PathBuf,
     /// A docker `config.json` with credentials.
     pub docker_config: Option<PathBuf>,
+    /// Socket of the containerd that it may ask; none: it asks none.
+    pub containerd: Option<PathBuf>,
     /// Whether images are made local in the background.
     pub hydration: bool,
     /// How long a read may wait for its bytes.
@@ -52,6 +54,7 @@ impl NodeOptions {
             ca: None,
             certs_d: certs_d.to_owned(),
             docker_config: None,
+            containerd: None,
             hydration: true,
             read_deadline: Duration::from_secs(60),
         }
@@ -302,6 +305,7 @@ fn node_settings(dir: &Path, options: &NodeOptions) -> Result<String> {
     if let Some(file) = &options.docker_config {
         writeln!(text, "docker_config = {file:?}")?;
     }
+    writeln!(text, "\n[containerd]\naddress = {:?}", options.containerd.as_deref().unwrap_or(Path::new("")))?;
     let deadline = options.read_deadline.as_millis();
     writeln!(text, "\n[fetch]\nhydration = {}\nread_deadline = \"{deadline}ms\"", options.hydration)?;
     text.push_str("\n[log]\nlevel = \"debug,h2=info,hyper=info,tonic=info,tower=info\"\n");

@@ -250,6 +250,22 @@ impl Stage {
         Containerd::start(&self.work, self.containerd_options(version, node.snapshotter(), transfer)?)
     }
 
+    /// The same, but clients do not say what they pull, and the node may ask this containerd: it need not run yet.
+    ///
+    /// # Errors
+    ///
+    /// If it does not start.
+    pub fn unlabelled(&self, version: Version, node: &Node) -> Result<Containerd> {
+        let options = self.containerd_options(version, node.snapshotter(), true)?;
+        Containerd::start(&self.work, ContainerdOptions { labels: false, ..options })
+    }
+
+    /// Settings of a node that may ask the containerd of this version, without background downloads.
+    pub fn asking_options(&self, version: Version) -> NodeOptions {
+        let socket = self.work.path().join(ContainerdOptions::dir_name(version)).join("c.sock");
+        NodeOptions { containerd: Some(socket), hydration: false, ..self.node_options() }
+    }
+
     /// Debian's containerd on its own overlayfs beside the other: what is true.
     ///
     /// # Errors
@@ -280,7 +296,14 @@ impl Stage {
         transfer: bool,
     ) -> Result<ContainerdOptions> {
         let pause_image = format!("{}/pause:1", self.host()?);
-        Ok(ContainerdOptions { version, snapshotter, pause_image, certs_d: self.certs_d.clone(), transfer })
+        Ok(ContainerdOptions {
+            version,
+            snapshotter,
+            pause_image,
+            certs_d: self.certs_d.clone(),
+            transfer,
+            labels: true,
+        })
     }
 
     /// CRI of this containerd.
