@@ -5,13 +5,14 @@ mod pull;
 mod show;
 
 use std::io::{Read, Write};
-use std::path::PathBuf;
+use std::path::{Path, PathBuf};
 use std::process::ExitCode;
 
 use anyhow::{Context, bail};
 use clap::{Args, Parser, Subcommand, ValueEnum};
 use indicatif::{ProgressBar, ProgressStyle};
 use millstream_wire::millstream::v1 as wire;
+use tonic::Streaming;
 
 /// Containers start before their image has arrived: ask this node, import images on the server.
 #[derive(Debug, Parser)]
@@ -50,7 +51,7 @@ enum Command {
         /// Reference as given to the client, or a manifest digest.
         image: String,
     },
-    /// Import an image on the server, so that nodes can stream it.
+    /// Import an image on the server, so that nodes can stream it; without a server, index one that this node's containerd has.
     Import {
         /// Reference with a tag or a digest.
         image: String,
@@ -79,9 +80,13 @@ enum Switch {
 
 #[derive(Debug, Args)]
 struct ServerArguments {
-    /// `https://HOST:PORT` of millstream-server; `http://` only for a loopback address.
+    /// `https://HOST:PORT` of millstream-server; `http://` only for a loopback address. Absent: the server embedded in
+    /// millstreamd on this node, which takes the image from containerd and downloads nothing.
     #[arg(long, env = "MILLSTREAM_SERVER", value_name = "URL")]
-    server: String,
+    server: Option<String>,
+    /// Namespace of containerd that has the image, for the embedded server. Absent: whichever has it.
+    #[arg(long, conflicts_with = "server", value_name = "NAME")]
+    namespace: Option<String>,
     /// PEM file with the certificates that may have signed the server's.
     #[arg(long, env = "MILLSTREAM_CA", value_name = "FILE")]
     ca: Option<PathBuf>,
@@ -115,7 +120,7 @@ async fn run(arguments: Arguments) -> anyhow::Result<()> {
     // A second installation fails, which means that there is one.
     let _ = rustls::crypto::ring::default_provider().install_default();
     let text = match arguments.command {
-        Command::Import { image, server } => import(&image, &server, arguments.output).await?,
+        Command::Import { image, server } => import(&image, &server, &arguments.socket, arguments.output).await?,
         Command::Status => {
             let status = connect::node(&arguments.socket).await?.status(wire::StatusRequest {}).await;
             show::status(&status.map_err(connect::refused)?.into_inner(), arguments.output)?
@@ -142,7 +147,16 @@ async fn run(arguments: Arguments) -> anyhow::Result<()> {
     Ok(())
 }
 
-async fn import(image: &str, arguments: &ServerArguments, output: Output) -> anyhow::Result<String> {
+async fn import(image: &str, arguments: &ServerArguments, socket: &Path, output: Output) -> anyhow::Result<String> {
+    let Some(server) = &arguments.server else {
+        if arguments.username.is_some() {
+            bail!("--username is for the import from a registry; hint: give --server, too");
+        }
+        let namespace = arguments.namespace.clone().unwrap_or_default();
+        let request = wire::IndexImageRequest { image: image.to_owned(), namespace };
+        let stream = connect::node(socket).await?.index_image(request).await.map_err(connect::refused)?;
+        return follow(image, stream.into_inner(), output).await;
+    };
     let credential = arguments.username.as_ref().map(|username| {
         let mut password = String::new();
         std::io::stdin().read_to_string(&mut password).context("reading the password from standard input")?;
@@ -152,8 +166,13 @@ async fn import(image: &str, arguments: &ServerArguments, output: Output) -> any
     });
     let request = wire::ImportRequest { image: image.to_owned(), credential: credential.transpose()?, platform: None };
     let identity = arguments.cert.as_deref().zip(arguments.key.as_deref());
-    let mut client = connect::server(&arguments.server, arguments.ca.as_deref(), identity).await?;
-    let mut stream = client.import(request).await.map_err(connect::refused)?.into_inner();
+    let mut client = connect::server(server, arguments.ca.as_deref(), identity).await?;
+    let stream = client.import(request).await.map_err(connect::refused)?;
+    follow(image, stream.into_inner(), output).await
+}
+
+/// Shows progress until the end.
+async fn follow(image: &str, mut stream: Streaming<wire::ImportProgress>, output: Output) -> anyhow::Result<String> {
     // Hidden by itself where standard error is no terminal.
     let bar =
         ProgressBar::new(0).with_style(ProgressStyle::with_template("{bytes}/{total_bytes} {bar:40} layers {msg}")?);

@@ -14,5 +14,6 @@ mod transport;
 pub use credential::{Credential, Secret};
 pub use docker_config::docker_config_credential;
 pub use millstream_oci::TagOrDigest;
+pub use millstream_source::Fetched;
 pub use options::RegistryOptions;
 pub use repository::{Registry, Repository};

@@ -105,12 +105,6 @@ impl Default for RegistrySettings {
     }
 }
 
-impl Default for ContainerdSettings {
-    fn default() -> Self {
-        Self { address: "/run/containerd/containerd.sock".into() }
-    }
-}
-
 impl Default for ServerSettings {
     fn default() -> Self {
         Self { address: String::new(), ca: None, cert: None, key: None, embedded: true, embedded_limit: 1 << 30 }
