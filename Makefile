@@ -3,7 +3,7 @@
 # The oldest toolchain that can build it; Cargo.toml says the same to cargo.
 RUST := 1.90
 
-.PHONY: help build check fmt lint test unit e2e demo bench docs deny tools toolchain
+.PHONY: help build check fmt lint test unit e2e clients big demo bench fuzz docs deny tools toolchain
 
 help: ## list the doors
 	@awk -F':.*## ' '/^[a-z0-9-]+:.*## / { printf "  make %-10s %s\n", $$1, $$2 }' Makefile
@@ -28,17 +28,32 @@ lint: toolchain
 tools: toolchain ## install what the tests need (Debian packages, containerd 2.x)
 	tests/tools/install.sh
 
-test: tools unit e2e ## all tests; needs root
-
 # In continuous integration a tier that cannot run is a failure.
-export MILLSTREAM_REQUIRE_ALL ?= $(if $(CI),1)
+ifdef CI
+export MILLSTREAM_REQUIRE_ALL ?= 1
+endif
 
-unit: toolchain ## tests of the crates
-	cargo test --workspace --exclude millstream-e2e --locked
+# Everything is built in one go with one set of features; another selection of packages would build half of it again. The
+# tests with containers wait for each other by a lock of the machine, whatever else runs.
+test: toolchain tools ## all tests; needs root
+	tests/tools/test.sh --workspace
 
-e2e: toolchain ## tests with real containerd, runc, registry and mounts; needs root
-	cargo build --workspace --bins --locked
-	cargo test -p millstream-e2e --locked -- --test-threads=1
+unit: toolchain ## tests of the crates only
+	tests/tools/test.sh --workspace --exclude millstream-e2e
+
+e2e: toolchain ## tests with real containerd, runc, registry and mounts only; needs root
+	cargo test --workspace --no-run --locked
+	tests/tools/test.sh --workspace $(patsubst tests/e2e/tests/%.rs,--test %,$(wildcard tests/e2e/tests/*.rs))
+
+clients: toolchain ## the releases of containerd and the clients of the README's table (builds them); needs root
+	tests/tools/install.sh
+	tests/tools/install.sh clients
+	cargo test --workspace --no-run --locked
+	tests/tools/test.sh --workspace --test clients --test config_files -- --ignored
+
+big: toolchain ## an image of 5 GB; needs root, 25 GB of disk, some minutes
+	cargo build --release --workspace --bins --locked
+	tests/tools/test.sh --release --workspace --test big -- --ignored --nocapture
 
 demo: toolchain ## the main job on real input, with a table at the end; needs root
 	tests/tools/install.sh demo
@@ -50,6 +65,9 @@ bench: toolchain ## the jobs of the demo five times each, on containerd 1.6 and 
 	tests/tools/install.sh
 	cargo build --release --workspace --bins --locked
 	target/release/millstream-demo --rounds 5 --containerd2
+
+fuzz: ## every fuzz target for FUZZ_SECONDS (300); needs cargo-fuzz and a nightly toolchain
+	tests/fuzz/run.sh
 
 docs: toolchain ## the documentation of the crates
 	RUSTDOCFLAGS="-D warnings" cargo doc --workspace --no-deps --locked

@@ -4,10 +4,11 @@ use std::env;
 use std::error::Error;
 
 const PROTO: &str = "../../proto";
-const OURS: [&str; 9] = [
+const OURS: [&str; 10] = [
     "containerd/services/content/v1/content.proto",
     "containerd/services/diff/v1/diff.proto",
     "containerd/services/images/v1/images.proto",
+    "containerd/services/introspection/v1/introspection.proto",
     "containerd/services/leases/v1/leases.proto",
     "containerd/services/namespaces/v1/namespace.proto",
     "containerd/services/snapshots/v1/snapshots.proto",

@@ -11,72 +11,28 @@ mod unpack;
 mod wait;
 
 use std::io::Read;
-use std::path::{Path, PathBuf};
+use std::path::Path;
 use std::time::{Duration, Instant};
 
 use anyhow::{Context, bail};
-use clap::Args;
 use millstream_containerd::{Containerd, ContainerdOptions, Namespace};
-use millstream_oci::{ImageRef, Platform};
+use millstream_oci::ImageRef;
 use millstream_registry::{Credential, Registry, RegistryOptions, Secret, docker_config_credential};
 use serde_json::json;
 
 use self::image::Resolved;
 use self::progress::Progress;
 use self::unpack::State;
-use crate::Output;
+use crate::arguments::{Output, PullArguments};
+use crate::connect::Node;
 
 /// How long containerd keeps what a killed pull left behind; the same as with its own clients.
 const LEASE: Duration = Duration::from_secs(24 * 3600);
 /// How long containerd may take for an answer: the longest deadline of a decision, twice.
 const CALL: Duration = Duration::from_secs(60);
 
-/// Arguments of `millstream pull`.
-#[derive(Debug, Args)]
-pub(crate) struct PullArguments {
-    /// Reference with a tag or a digest.
-    image: String,
-    /// Namespace of containerd.
-    #[arg(long, env = "CONTAINERD_NAMESPACE", default_value = "default", value_name = "NAME")]
-    namespace: String,
-    /// Snapshotter that gets the image; with any but Millstream's the pull is an ordinary one.
-    #[arg(long, env = "CONTAINERD_SNAPSHOTTER", default_value = "millstream", value_name = "NAME")]
-    snapshotter: String,
-    /// Socket of containerd.
-    #[arg(long, env = "CONTAINERD_ADDRESS", default_value = "/run/containerd/containerd.sock", value_name = "PATH")]
-    containerd: PathBuf,
-    /// Platform to take of an image for several, as `os/architecture` or `os/architecture/variant`; that of this machine.
-    #[arg(long, value_name = "PLATFORM", value_parser = platform)]
-    platform: Option<Platform>,
-    /// Directory of `HOST/hosts.toml` files, as containerd's: mirrors, certificates, plain HTTP.
-    #[arg(long, default_value = "/etc/containerd/certs.d", value_name = "DIR")]
-    hosts_dir: PathBuf,
-    /// User name at the registry; else Docker's configuration is looked into.
-    #[arg(long, requires = "password_stdin", value_name = "NAME")]
-    username: Option<String>,
-    /// Read the password for the registry from standard input.
-    #[arg(long, requires = "username")]
-    password_stdin: bool,
-    /// Docker's config.json with credentials; else that of this user, if there is one.
-    #[arg(long, value_name = "FILE")]
-    docker_config: Option<PathBuf>,
-    /// Wait until every byte of the image is on this node.
-    #[arg(long)]
-    wait: bool,
-}
-
-fn platform(text: &str) -> Result<Platform, String> {
-    let mut parts = text.split('/').map(str::to_owned);
-    match (parts.next(), parts.next(), parts.next(), parts.next()) {
-        (Some(os), Some(architecture), variant, None) if !os.is_empty() && !architecture.is_empty() => {
-            Ok(Platform { os, architecture, variant })
-        }
-        _ => Err("expected os/architecture, as linux/arm64".to_owned()),
-    }
-}
-
-/// Pulls, and gives the text to print. `node` is the socket of millstreamd.
-pub(crate) async fn pull(arguments: &PullArguments, node: &Path, output: Output) -> anyhow::Result<String> {
+/// Pulls, and gives the text to print.
+pub(crate) async fn run(arguments: &PullArguments, node: &Node, output: Output) -> anyhow::Result<String> {
     let began = Instant::now();
     let image: ImageRef = arguments.image.parse()?;
     let registry =
@@ -87,8 +43,7 @@ pub(crate) async fn pull(arguments: &PullArguments, node: &Path, output: Output)
     let space = containerd.namespace(&arguments.namespace)?;
     // Before anything is fetched: who is not root learns it at once.
     containerd.version().await?;
-    let platform = arguments.platform.clone().unwrap_or_else(Platform::host);
-    let resolved = image::resolve(&repository, &image, &platform).await;
+    let resolved = image::resolve(&repository, &image, arguments.platform.as_ref()).await;
     let resolved = resolved.with_context(|| format!("resolving {image}"))?;
 
     let progress = Progress::new(&resolved);
@@ -179,18 +134,4 @@ fn result(resolved: &Resolved, states: &[State], pulled: f64, total: f64, output
         text.push('\n');
     }
     Ok(text)
-}
-
-#[cfg(test)]
-mod tests {
-    use super::*;
-
-    #[test]
-    fn platforms_are_read_as_people_write_them() {
-        assert_eq!(platform("linux/arm64").unwrap().to_string(), "linux/arm64");
-        assert_eq!(platform("linux/arm/v7").unwrap().to_string(), "linux/arm/v7");
-        for text in ["", "linux", "/amd64", "linux/", "a/b/c/d"] {
-            assert!(platform(text).is_err(), "{text}");
-        }
-    }
 }

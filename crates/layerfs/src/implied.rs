@@ -50,6 +50,16 @@ pub(crate) enum Owner {
     Foreign(DirectoryAttributes),
 }
 
+/// What a search through lower layers ends with.
+enum Found<'a> {
+    Owner(Owner),
+    /// Nothing to copy from: `maker` made the directory, at the path that it has there.
+    Nothing {
+        maker: u16,
+        path: Path<'a>,
+    },
+}
+
 /// Looks into the layers one by one.
 pub(crate) struct Inheritance<'a> {
     layers: &'a [ViewLayer],
@@ -91,47 +101,92 @@ impl<'a> Inheritance<'a> {
     /// Whose attributes the directory at `path` has if the layer at position `layer` implies it; `seen` is what each layer has
     /// at `path`.
     pub(crate) fn owner(&mut self, layer: u16, path: &[&'a [u8]], seen: &[Seen<'a>]) -> Result<Owner, ViewError> {
+        // The lowest layer that implies it without finding it further down is the one that made it.
+        let mut maker = layer;
         for lower in seen.iter().filter(|lower| lower.layer < layer) {
             match &lower.at {
-                At::Other => return Ok(fresh()),
+                At::Other => return self.fresh_in(maker, path),
                 At::Directory { inode, .. } if !self.is_implied(lower.layer, *inode)? => {
                     return Ok(Owner::Inode(lower.layer, *inode));
                 }
                 // Implied there too: it has what that layer found further down, at its own path.
-                At::Directory { moved: None, .. } => {}
-                At::Directory { moved: Some(real), .. } => return self.owner_from_root(lower.layer, real.to_vec()),
+                At::Directory { moved: None, .. } => maker = lower.layer,
+                At::Directory { moved: Some(real), .. } => {
+                    let (layer, path) = (lower.layer, real.to_vec());
+                    return match self.owner_from_root(layer, path)? {
+                        Found::Owner(owner) => Ok(owner),
+                        Found::Nothing { maker, path } => self.fresh_in(maker, &path),
+                    };
+                }
             }
         }
-        self.owner_below(path)
+        match self.owner_below(path)? {
+            Some(owner) => Ok(owner),
+            None => self.fresh_in(maker, path),
+        }
     }
 
     /// As [`Inheritance::owner`], for a path that is not the one being merged.
-    fn owner_from_root(&mut self, layer: u16, mut path: Path<'a>) -> Result<Owner, ViewError> {
+    fn owner_from_root(&mut self, layer: u16, mut path: Path<'a>) -> Result<Found<'a>, ViewError> {
+        let mut maker = layer;
         for lower in (0..layer).rev() {
             let components = path.iter().rev().copied().collect();
             match self.walk(lower, Vec::new(), components)? {
                 None => {}
-                Some(At::Other) => return Ok(fresh()),
+                Some(At::Other) => return Ok(Found::Nothing { maker, path }),
                 Some(At::Directory { inode, moved }) => {
                     if !self.is_implied(lower, inode)? {
-                        return Ok(Owner::Inode(lower, inode));
+                        return Ok(Found::Owner(Owner::Inode(lower, inode)));
                     }
+                    maker = lower;
                     path = moved.map_or(path, |real| real.to_vec());
                 }
             }
         }
-        self.owner_below(&path)
+        Ok(self.owner_below(&path)?.map_or(Found::Nothing { maker, path }, Found::Owner))
     }
 
-    fn owner_below(&self, path: &[&[u8]]) -> Result<Owner, ViewError> {
+    /// What is below the run; `None` where that gives no attributes.
+    fn owner_below(&self, path: &[&[u8]]) -> Result<Option<Owner>, ViewError> {
         let found = match self.below {
             Some(below) if !path.is_empty() => below.attributes_for_implied(path).map_err(ViewError::Below)?,
             _ => None,
         };
         Ok(match found {
-            Some(BelowEntry::Directory(attributes)) => Owner::Foreign(attributes),
-            Some(BelowEntry::Other) | None => fresh(),
+            Some(BelowEntry::Directory(attributes)) => Some(Owner::Foreign(attributes)),
+            Some(BelowEntry::Other) | None => None,
         })
+    }
+
+    /// Attributes of a directory that is new in `layer`, where all directories of `path` are real: the group is that of its parent
+    /// if that is a set-group-ID directory, which the kernel sees to. (containerd sets the mode itself, so that bit ends there.)
+    fn fresh_in(&mut self, layer: u16, path: &[&'a [u8]]) -> Result<Owner, ViewError> {
+        const SET_GROUP_ID: u16 = 0o2000;
+        let Some((_, parent)) = path.split_last().filter(|(_, parent)| !parent.is_empty()) else { return Ok(fresh()) };
+        let toc = self.toc(layer)?;
+        let mut at = 0;
+        for name in parent {
+            let found = toc.lookup(at, name).map_err(|source| self.in_layer(layer, source))?;
+            let Some(inode) = found.and_then(|entry| entry.inode) else { return Ok(fresh()) };
+            at = inode;
+        }
+        let owner = if self.is_implied(layer, at)? {
+            match self.owner_from_root(layer, parent.to_vec())? {
+                Found::Owner(owner) => owner,
+                Found::Nothing { .. } => return Ok(fresh()),
+            }
+        } else {
+            Owner::Inode(layer, at)
+        };
+        let (mode, gid) = match owner {
+            Owner::Foreign(attributes) => (attributes.mode, attributes.gid),
+            Owner::Inode(layer, inode) => {
+                let inode = self.toc(layer)?.inode(inode).map_err(|source| self.in_layer(layer, source))?;
+                (inode.mode(), inode.gid())
+            }
+        };
+        let gid = if mode & SET_GROUP_ID == 0 { 0 } else { gid };
+        Ok(Owner::Foreign(DirectoryAttributes { gid, ..DirectoryAttributes::fresh() }))
     }
 
     /// What `layer` has for `name` in its directory `inode`, whose path is `real`.

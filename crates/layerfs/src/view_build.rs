@@ -2,6 +2,7 @@
 
 use std::rc::Rc;
 
+use millstream_toc::FormatError;
 use millstream_toc::format::{InodeIx, Kind};
 use zerocopy::IntoBytes;
 
@@ -236,13 +237,60 @@ impl<'a> Builder<'a> {
             return self.foreign(DirectoryAttributes::fresh());
         };
         let layer = self.layer(top.layer)?;
-        if !layer.toc.inode(top.inode).map_err(|error| layer.error(error))?.is_implied() {
-            return Ok((top.layer, top.inode));
-        }
-        match self.inheritance.owner(top.layer, path, seen)? {
-            Owner::Inode(layer, inode) => Ok((layer, inode)),
+        let implied = layer.toc.inode(top.inode).map_err(|error| layer.error(error))?.is_implied();
+        let owner =
+            if implied { self.inheritance.owner(top.layer, path, seen)? } else { Owner::Inode(top.layer, top.inode) };
+        match owner {
             Owner::Foreign(attributes) => self.foreign(attributes),
+            Owner::Inode(layer, inode) => match self.late(layer, inode, path, seen)? {
+                Some(attributes) => self.foreign(attributes),
+                None => Ok((layer, inode)),
+            },
         }
+    }
+
+    /// Attributes of a directory that its layer describes after something in it, if they are other than those of its inode: it was
+    /// made as an implied one, with copies of the extended attributes below, and those stay.
+    fn late(
+        &mut self,
+        mut layer: u16,
+        mut inode: InodeIx,
+        path: &[&'a [u8]],
+        seen: &[Seen<'a>],
+    ) -> Result<Option<DirectoryAttributes>, ViewError> {
+        let own = self.described(layer, inode)?;
+        let mut attributes = own.clone();
+        while self.layer(layer)?.toc.inode(inode).map_err(|error| self.error(layer, error))?.is_late() {
+            let (below, next) = match self.inheritance.owner(layer, path, seen)? {
+                Owner::Foreign(below) => (below, None),
+                Owner::Inode(layer, inode) => (self.described(layer, inode)?, Some((layer, inode))),
+            };
+            let known = |name: &[u8]| attributes.xattrs.iter().any(|(known, _)| known == name);
+            let more: Vec<_> = below.xattrs.into_iter().filter(|(name, _)| !known(name)).collect();
+            attributes.xattrs.extend(more);
+            // Each turn leads to a lower layer.
+            let Some(next) = next else { break };
+            (layer, inode) = next;
+        }
+        Ok((attributes != own).then_some(attributes))
+    }
+
+    /// What a layer says of a directory.
+    fn described(&self, layer: u16, inode: InodeIx) -> Result<DirectoryAttributes, ViewError> {
+        let at_layer = |error| self.error(layer, error);
+        let toc = &self.layer(layer)?.toc;
+        let inode = toc.inode(inode).map_err(at_layer)?;
+        let mut xattrs = Vec::new();
+        for xattr in toc.xattrs(&inode).map_err(at_layer)? {
+            let (name, value) = xattr.map_err(at_layer)?;
+            xattrs.push((name.to_vec(), value.to_vec()));
+        }
+        let (mode, uid, gid, mtime) = (inode.mode(), inode.uid(), inode.gid(), inode.mtime());
+        Ok(DirectoryAttributes { mode, uid, gid, mtime, xattrs })
+    }
+
+    fn error(&self, layer: u16, source: FormatError) -> ViewError {
+        ViewError::Layer { layer: self.layer(layer).map_or(0, |layer| layer.number), source }
     }
 
     /// Writes down attributes that no inode of the run has.

@@ -10,7 +10,7 @@ use zerocopy::{FromBytes, Immutable, IntoBytes, KnownLayout, Unaligned};
 pub(crate) const MAGIC: [u8; 8] = *b"msview\0\x01";
 /// Version of the bytes that this crate reads and writes. It also stands for the merge rules: whoever changes what a view shows
 /// raises it, so that stored views are built again.
-pub const VERSION: u32 = 1;
+pub const VERSION: u32 = 2;
 /// "None" in index fields.
 pub(crate) const NONE: u32 = u32::MAX;
 /// [`DirectoryRecord::layer`] of a directory whose attributes are an [`AttributeRecord`].

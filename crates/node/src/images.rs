@@ -7,7 +7,7 @@ use std::sync::{Arc, Mutex, MutexGuard, PoisonError};
 use std::time::{Duration, Instant, SystemTime, UNIX_EPOCH};
 
 use async_trait::async_trait;
-use millstream_chunkstore::{Layer, LayerState, Store, StoreError};
+use millstream_chunkstore::{Layer, LayerState, Store};
 use millstream_oci::{ChainId, Digest, ManifestDigest};
 use millstream_prefetch::{FetchEvents, Fetcher};
 use millstream_snapshots::{
@@ -20,6 +20,7 @@ use tracing::{error, info, warn};
 use crate::catalog::{Catalog, Decision, ImageRecord, LayerRecord};
 use crate::labels::{Wanted, image_name};
 use crate::lookup::Lookup;
+use crate::metrics::NodeMetrics;
 use crate::origin::{Origin, Origins};
 use crate::server_client::ServedLayer;
 use crate::views::Views;
@@ -39,8 +40,6 @@ const MAX_PLANS: usize = 256;
 
 /// Part of a decision's time that may go into finding out which image is meant.
 const LOOKUP: f32 = 0.3;
-/// Part of it that has to be left for another image to be tried.
-const ENOUGH: f32 = 0.3;
 
 /// Code of a layer that was given back while a decision said lazy.
 const RELEASED: &str = "node.released";
@@ -71,6 +70,7 @@ pub struct NodeImages {
     pub(crate) lookup: Option<Lookup>,
     /// Bound of one decision.
     pub(crate) deadline: Duration,
+    metrics: NodeMetrics,
     plans: Mutex<HashMap<(String, ManifestDigest), Slot>>,
     /// Layers that were given back and wait to be removed; they stay here until they are gone, so that nobody takes one for
     /// usable while it is being removed. Whoever holds `admission` removes them before it admits others, so that a layer that
@@ -94,6 +94,7 @@ impl NodeImages {
         deadline: Duration,
     ) -> Self {
         Self {
+            metrics: origins.metrics.clone(),
             decisions: record_decisions(catalog.clone()),
             store,
             fetcher,
@@ -141,7 +142,10 @@ impl NodeImages {
 
     async fn make_plan(self: &Arc<Self>, wanted: &Wanted, until: Instant) -> Plan {
         let empty = ImageRecord { image: wanted.image.to_string(), manifest: wanted.manifest, layers: Vec::new() };
-        match self.try_plan(wanted, until).await {
+        let begun = Instant::now();
+        let made = self.try_plan(wanted, until).await;
+        self.metrics.decided(begun.elapsed());
+        match made {
             Ok(plan) => plan,
             Err(error) => {
                 let reason = Reason::new("node.local", format!("{error:#}"));
@@ -271,10 +275,11 @@ impl NodeImages {
             Ok(admitted) => admitted,
             Err(mismatch) => return Ok(Plan { decision: ImageDecision::Deferred(mismatch), record }),
         };
+        let sources = origin.sources();
         for layer in admitted {
             if layer.state() == LayerState::Lazy {
                 let digest = layer.digest();
-                self.fetcher.attach(layer, origin.sources());
+                self.fetcher.attach(layer, sources.clone());
                 self.fetcher.hydrate(&digest);
             }
         }
@@ -291,12 +296,7 @@ impl NodeImages {
         tocs: &[Vec<u8>],
     ) -> anyhow::Result<Result<Vec<Arc<Layer>>, Reason>> {
         self.remove_dying()?;
-        for toc in tocs {
-            match self.store.admit(toc) {
-                Ok(_) | Err(StoreError::Quarantined { .. }) => {}
-                Err(error) => return Err(error.into()),
-            }
-        }
+        self.store.admit_all(tocs)?;
         let mut admitted = Vec::new();
         for described in record.layers.iter().take(lazy) {
             let Some(layer) = self.usable(&described.digest) else { continue };
@@ -341,6 +341,26 @@ impl NodeImages {
         self.remove_dying()
     }
 
+    /// Returns when every layer that was given back so far is removed.
+    ///
+    /// # Errors
+    /// Those of the database; what stays then is removed at the next start.
+    pub async fn removed(self: &Arc<Self>) -> anyhow::Result<()> {
+        let _guard = self.admission.lock().await;
+        let images = Arc::clone(self);
+        tokio::task::spawn_blocking(move || images.remove_dying()).await?
+    }
+
+    /// Layers of images that were decided about lately: a pull may be about to use them.
+    #[must_use]
+    pub fn about_to_be_used(&self) -> HashSet<Digest> {
+        let now = Instant::now();
+        let plans = self.plans.lock().unwrap_or_else(PoisonError::into_inner);
+        let live = plans.values().filter(|slot| now.duration_since(slot.used) < PLAN_LIFE);
+        let records = live.filter_map(|slot| slot.plan.get()).flat_map(|plan| &plan.record.layers);
+        records.map(|layer| layer.digest).collect()
+    }
+
     /// Lets the fetcher go on with every layer that is not wholly local; the network is not needed for that. Blocks, and must
     /// not be called on a thread of the runtime: a credential helper may take seconds.
     ///
@@ -366,10 +386,11 @@ impl NodeImages {
             };
             // As in `take_in`: no layer may be removed between the look at the store and the fetcher.
             let _guard = self.admission.blocking_lock();
+            let sources = origin.sources();
             for layer in record.layers.iter().filter_map(|layer| self.usable(&layer.digest)) {
                 if layer.state() == LayerState::Lazy {
                     let digest = layer.digest();
-                    self.fetcher.attach(layer, origin.sources());
+                    self.fetcher.attach(layer, sources.clone());
                     self.fetcher.hydrate(&digest);
                 }
             }
@@ -397,7 +418,11 @@ impl NodeImages {
             }
         };
         let mut first = None;
-        for wanted in candidates {
+        let count = candidates.len();
+        for (number, wanted) in candidates.into_iter().enumerate() {
+            // One that does not answer leaves time for the others.
+            let left = until.saturating_duration_since(Instant::now());
+            let until = Instant::now() + left / u32::try_from(count - number).unwrap_or(u32::MAX);
             if first.is_none() {
                 self.choose(&request, &wanted);
             }
@@ -408,9 +433,6 @@ impl NodeImages {
             }
             // What is wrong with the image that was touched last is the reason to show.
             first.get_or_insert(outcome);
-            if until.saturating_duration_since(Instant::now()) < self.deadline.mul_f32(ENOUGH) {
-                break;
-            }
         }
         first.unwrap_or_else(|| PrepareOutcome::deferred("labels.missing", "no image has this layer"))
     }
@@ -556,6 +578,7 @@ impl LazyImages for SharedImages {
     }
 
     fn answered(&self, request: &PrepareRequest, outcome: &PrepareOutcome) {
+        self.0.metrics.answered(outcome);
         self.0.record_decision(request, outcome);
     }
 
@@ -600,7 +623,7 @@ pub struct Reporter;
 
 impl FetchEvents for Reporter {
     fn verified(&self, layer: &Digest) {
-        info!({ names::LAYER } = %layer, "layer is wholly local: blob digest, diff ID and TOC are proven");
+        info!({ names::LAYER } = %layer, "layer is wholly local: diff ID and TOC are proven");
     }
 
     fn quarantined(&self, layer: &Digest, reason: &str) {

@@ -2,12 +2,14 @@
 //!
 //! A client has manifest and configuration before it unpacks the first layer. Manifests carry the label that keeps their
 //! configuration from being collected, the configuration has the diff IDs and so the chain IDs, and the label
-//! `containerd.io/distribution.source.HOST` names the repository. A layer can be in several images: then the one that was
+//! `containerd.io/distribution.source.HOST` names the repository, but not the port of its registry: that is looked for in the
+//! names of other images and in the settings of hosts. A layer can be in several images: then the one that was
 //! touched last is likely to be the one that is being pulled.
 //!
 //! That containerd may be asked while it waits for us is shown in `crates/containerd/README.md`.
 
 use std::collections::{BTreeMap, HashMap};
+use std::path::PathBuf;
 use std::sync::{Arc, Mutex, MutexGuard, PoisonError};
 use std::time::Duration;
 
@@ -16,6 +18,7 @@ use millstream_oci::{
     ChainId, Digest, Document, ImageRef, ManifestDigest, Platform, chain_ids, parse_config, parse_document,
     select_platform,
 };
+use millstream_registry::registries_at;
 use millstream_snapshots::PrepareRequest;
 use tracing::debug;
 
@@ -47,6 +50,7 @@ type Layers = Vec<(ChainId, Digest)>;
 #[derive(Debug)]
 pub struct Lookup {
     containerd: Containerd,
+    hosts_dir: PathBuf,
     /// What was read; `None` of what is no image that we can read. Content has the digest that names it, so none of this can
     /// grow old.
     manifests: Mutex<HashMap<Digest, Option<Arc<Layers>>>>,
@@ -55,10 +59,10 @@ pub struct Lookup {
 }
 
 impl Lookup {
-    /// Asks nothing yet.
+    /// Asks nothing yet. `hosts_dir` has a directory for each registry with settings of its own.
     #[must_use]
-    pub fn new(containerd: Containerd) -> Self {
-        Self { containerd, manifests: Mutex::default(), chosen: Mutex::default() }
+    pub fn new(containerd: Containerd, hosts_dir: PathBuf) -> Self {
+        Self { containerd, hosts_dir, manifests: Mutex::default(), chosen: Mutex::default() }
     }
 
     /// The images of the request's namespace that have its layer at its place, the one that was touched last first; those that
@@ -86,13 +90,49 @@ impl Lookup {
             let Some(layers) = self.layers(&space, info, &mut reads).await? else { continue };
             let Some((_, layer)) = layers.iter().find(|(chain, _)| *chain == request.target) else { continue };
             let manifest = ManifestDigest(info.digest);
-            found.extend(sources(&info.labels, manifest).map(|image| Wanted { image, manifest, layer: *layer }));
+            for (host, repository) in sources(&info.labels) {
+                let registries = self.registries(&space, host, repository).await?;
+                let names = registries.iter().map(|registry| format!("{registry}/{repository}@{manifest}"));
+                let images = names.filter_map(|name| ImageRef::parse(&name).ok());
+                found.extend(images.map(|image| Wanted { image, manifest, layer: *layer }));
+            }
             if found.len() >= MAX_CANDIDATES {
                 found.truncate(MAX_CANDIDATES);
                 break;
             }
         }
         Ok(())
+    }
+
+    /// The registries of a host, the likeliest first: where an image of this name came from, those with settings, those of other
+    /// images, and the usual port.
+    async fn registries(
+        &self,
+        space: &Namespace,
+        host: &str,
+        repository: &str,
+    ) -> Result<Vec<String>, ContainerdError> {
+        let (dir, name) = (self.hosts_dir.clone(), host.to_owned());
+        let configured = tokio::task::spawn_blocking(move || registries_at(&dir, &name)).await.unwrap_or_default();
+        let of_host = |image: &ImageRef| {
+            let registry = image.registry();
+            registry.rsplit_once(':').map_or(registry, |(host, _)| host) == host
+        };
+        // The pattern lets through a little more than it should.
+        let plain = host.bytes().all(|byte| byte.is_ascii_alphanumeric() || matches!(byte, b'.' | b'-'));
+        let images =
+            if plain { space.images(&format!("name~=\"^{host}(:[0-9]+)?/\"")).await? } else { Vec::new() };
+        let images = images.iter().filter_map(|image| ImageRef::parse(&image.name).ok());
+        let images: Vec<ImageRef> = images.filter(of_host).collect();
+        let same = images.iter().filter(|image| image.repository() == repository).map(ImageRef::registry);
+        let others = images.iter().map(ImageRef::registry);
+        let mut found: Vec<String> = Vec::new();
+        for registry in same.chain(configured.iter().map(String::as_str)).chain(others).chain([host]) {
+            if !found.iter().any(|known| known == registry) {
+                found.push(registry.to_owned());
+            }
+        }
+        Ok(found)
     }
 
     /// The layers of a manifest, remembered or read; `None` if it is no image, or if enough was read.
@@ -169,13 +209,16 @@ impl Lookup {
                 Ok(bytes) => parse_document(Some(&target.media_type), &bytes).ok(),
                 Err(_) => None,
             };
-            found.push(match document {
+            let manifest = match document {
                 Some(Document::Index(entries)) => match select_platform(&entries, &Platform::host()) {
                     Some(entry) => entry.digest,
                     None => continue,
                 },
                 _ => ManifestDigest(target.digest),
-            });
+            };
+            if !found.contains(&manifest) {
+                found.push(manifest);
+            }
         }
         Ok(())
     }
@@ -213,11 +256,10 @@ async fn read_layers(space: &Namespace, info: &BlobInfo) -> Result<Layers, Unfit
     Ok(chain_ids(&config.diff_ids).into_iter().zip(layers).collect())
 }
 
-/// The repositories that a manifest came from, at exactly that manifest.
-fn sources(labels: &BTreeMap<String, String>, manifest: ManifestDigest) -> impl Iterator<Item = ImageRef> {
+/// Host and repository of each place that a blob came from.
+fn sources(labels: &BTreeMap<String, String>) -> impl Iterator<Item = (&str, &str)> {
     let named = labels.iter().filter_map(|(key, value)| Some((key.strip_prefix(SOURCE)?, value)));
-    let each = named.flat_map(|(host, names)| names.split(',').map(move |name| format!("{host}/{name}")));
-    each.filter_map(move |name| ImageRef::parse(&format!("{name}@{manifest}")).ok())
+    named.flat_map(|(host, names)| names.split(',').map(move |name| (host, name)))
 }
 
 #[cfg(test)]
@@ -226,19 +268,13 @@ mod tests {
 
     #[test]
     fn repositories_are_those_of_the_labels() {
-        let manifest = ManifestDigest(Digest::of(b"m"));
         let labels: BTreeMap<String, String> = [
             (format!("{SOURCE}docker.io"), "library/nginx".to_owned()),
-            (format!("{SOURCE}127.0.0.1:5000"), "a,team/b".to_owned()),
-            (format!("{SOURCE}bad"), "UPPER".to_owned()),
+            (format!("{SOURCE}127.0.0.1"), "a,team/b".to_owned()),
             (CONFIG.to_owned(), "sha256:00".to_owned()),
         ]
         .into();
-        let found: Vec<String> = sources(&labels, manifest).map(|image| image.to_string()).collect();
-        assert_eq!(
-            found,
-            ["127.0.0.1:5000/a", "127.0.0.1:5000/team/b", "docker.io/library/nginx"]
-                .map(|name| format!("{name}@{manifest}"))
-        );
+        let found: Vec<_> = sources(&labels).collect();
+        assert_eq!(found, [("127.0.0.1", "a"), ("127.0.0.1", "team/b"), ("docker.io", "library/nginx")]);
     }
 }

@@ -11,7 +11,9 @@ use millstream_prefetch::ImageSources;
 use millstream_registry::{Credential, Registry, Repository, docker_config_credential};
 use millstream_source::{BlobSource, ContentSource, ErrorKind, SourceError, WindowSource};
 
+use crate::counted::counted;
 use crate::embedded::{Embedded, pending_reason};
+use crate::metrics::NodeMetrics;
 use crate::server_client::{ImageScope, ServedImage, Server, ServerSource};
 
 /// The outside world of this node.
@@ -25,6 +27,8 @@ pub struct Origins {
     pub embedded: Option<Embedded>,
     /// A docker `config.json` with credentials.
     pub docker_config: Option<PathBuf>,
+    /// Counts requests for content.
+    pub metrics: NodeMetrics,
 }
 
 /// The origin of one image.
@@ -38,6 +42,7 @@ pub struct Origin {
     pub scope: ImageScope,
     server: Option<Server>,
     embedded: Option<Embedded>,
+    metrics: NodeMetrics,
 }
 
 impl Origins {
@@ -56,6 +61,7 @@ impl Origins {
             scope: ImageScope { repository: image.name(), manifest, credential },
             server: self.server.clone(),
             embedded: self.embedded.clone(),
+            metrics: self.metrics.clone(),
         })
     }
 }
@@ -105,14 +111,15 @@ impl Origin {
     #[must_use]
     pub fn sources(&self) -> ImageSources {
         let Some(server) = self.server.clone() else {
-            return ImageSources { blob: self.blob(), windows: Arc::new(NoServer), content: None };
+            let sources = ImageSources { blob: self.blob(), windows: Arc::new(NoServer), content: None };
+            return counted(sources, &self.metrics);
         };
         let embedded = server.is_embedded();
         let source = Arc::new(ServerSource { server, scope: self.scope.clone() });
         let windows = Arc::clone(&source) as Arc<dyn WindowSource>;
         // Content of the embedded server would come from the same registry by the same way.
         let content = (!embedded).then_some(source as Arc<dyn ContentSource>);
-        ImageSources { blob: self.blob(), windows, content }
+        counted(ImageSources { blob: self.blob(), windows, content }, &self.metrics)
     }
 
     fn blob(&self) -> Arc<dyn BlobSource> {

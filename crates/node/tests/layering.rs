@@ -51,6 +51,7 @@ const ARROWS: [(&str, &[&str]); 18] = [
             "containerd",
             "fuse",
             "layerfs",
+            "metrics",
             "oci",
             "prefetch",
             "registry",
@@ -63,7 +64,7 @@ const ARROWS: [(&str, &[&str]); 18] = [
             "wire",
         ],
     ),
-    ("server", &["oci", "registry", "settings", "source", "toc", "wire"]),
+    ("server", &["metrics", "oci", "registry", "settings", "source", "toc", "wire"]),
     ("cli", &["containerd", "oci", "registry", "settings", "source", "toc", "wire"]),
     ("e2e", &["sys", "wire"]),
 ];

@@ -148,8 +148,9 @@ impl Shared {
     pub(crate) fn bounds(&self, priority: Priority) -> Bounds {
         let options = &self.options;
         let spans = match priority {
-            Priority::Demand => options.demand_spans,
-            Priority::Prefetch | Priority::Hydrate => options.prefetch_spans,
+            // Small for hydration too: what is under way cannot be taken back when a reader comes.
+            Priority::Demand | Priority::Hydrate => options.demand_spans,
+            Priority::Prefetch => options.prefetch_spans,
         };
         Bounds { spans, gap: options.gap }
     }

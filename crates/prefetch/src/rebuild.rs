@@ -1,4 +1,5 @@
-//! The pass over a whole blob: stores what the TOC says, and finds out whether the TOC says the truth.
+//! The pass over a whole blob: stores what the TOC says, and finds out whether the TOC says the truth. What is here already
+//! is written again: what is called verified is what was hashed, whatever the disk made of the bytes that came before.
 
 use std::io::{self, Read};
 
@@ -35,6 +36,10 @@ pub(crate) fn rebuild(layer: &Layer, parts: mpsc::Receiver<Bytes>, budget: Budge
         1 => Compression::Gzip,
         other => return Verdict::WrongToc(format!("the TOC names an unknown compression {other}")),
     };
+    // Whatever the server allows itself: a tar that is longer than the TOC says is found out when it gets longer, and there is no
+    // file of more than all content.
+    let (tar, data) = (toc.tar_size(), toc.data_size());
+    let budget = Budget { max_tar_size: tar, max_file_size: data, max_ratio: u64::MAX, ..budget };
     let mut blob = Parts { parts, current: Bytes::new(), left: toc.blob_size(), hash: Sha256::new() };
     let mut sink = Keeper { layer, toc, wrong: None, failed: None };
     let built = build(&mut blob, &BuildOptions { compression, budget }, &mut sink);
@@ -117,7 +122,7 @@ impl BuildSink for Keeper<'_> {
             self.wrong = Some(chunk);
             return Ok(());
         }
-        self.layer.write(Chunk { ix: chunk, data }, bytes).map_err(|error| {
+        self.layer.rewrite(Chunk { ix: chunk, data }, bytes).map_err(|error| {
             let message = error.to_string();
             self.failed = Some(error);
             io::Error::other(message)

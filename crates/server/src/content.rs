@@ -20,6 +20,7 @@ use tokio::sync::{OwnedSemaphorePermit, Semaphore};
 use crate::ServeError;
 use crate::blob::{ChannelReader, channel, pump};
 use crate::bounded::Bounded;
+use crate::metrics::{Cache, ServerMetrics};
 use crate::store::Store;
 
 /// Bytes of memory for what was read lately.
@@ -53,6 +54,7 @@ const SMALL_BLOB: u64 = 64 << 10;
 pub(crate) struct Content {
     store: Store,
     options: ContentOptions,
+    metrics: ServerMetrics,
     tocs: Mutex<Bounded<Digest, Arc<Toc>>>,
     /// TOCs in use, also those that are too large to be kept.
     in_use: Mutex<HashMap<Digest, Weak<Toc>>>,
@@ -83,18 +85,20 @@ fn kib(bytes: u64) -> u32 {
 type ChunkCache = Mutex<Bounded<(Digest, ChunkIx), Bytes>>;
 
 impl Content {
-    pub(crate) fn new(store: Store, options: ContentOptions) -> Self {
+    pub(crate) fn new(store: Store, options: ContentOptions, metrics: ServerMetrics) -> Self {
         let tocs = Mutex::new(Bounded::new(options.toc_cache));
         let chunks = Arc::new(Mutex::new(Bounded::new(options.chunk_cache)));
         let memory = kib(options.toc_cache.saturating_add(options.max_toc));
         let memory = Arc::new(Semaphore::new(usize::try_from(memory).unwrap_or(usize::MAX)));
         let loads = Semaphore::new(LOADS_AT_ONCE);
-        Self { store, options, tocs, in_use: Mutex::default(), loads, memory, chunks }
+        Self { store, options, metrics, tocs, in_use: Mutex::default(), loads, memory, chunks }
     }
 
     /// The TOC of `blob`.
     pub(crate) async fn toc(&self, blob: &Digest) -> Result<Arc<Toc>, ServeError> {
-        if let Some(toc) = self.known_toc(blob) {
+        let known = self.known_toc(blob);
+        self.metrics.looked_up(Cache::Tocs, u64::from(known.is_some()), u64::from(known.is_none()));
+        if let Some(toc) = known {
             return Ok(toc);
         }
         let exhausted = |_| ServeError::Exhausted { what: "tables of contents to unpack", limit: LOADS_AT_ONCE };
@@ -166,6 +170,8 @@ impl Content {
                 None => needed.extend(toc.spans_for(chunk.data).map_err(toc_error(&blob))?),
             }
         }
+        let hits = found.len() as u64;
+        self.metrics.looked_up(Cache::Chunks, hits, (chunks.len() as u64).saturating_sub(hits));
         for run in runs(&needed) {
             let wanted = chunks.iter().map(|chunk| chunk.ix).collect();
             found.extend(self.extract(toc, source, run, wanted).await?);
@@ -356,7 +362,11 @@ mod tests {
     async fn what_is_in_use_is_shared_even_if_it_is_not_kept() {
         let directory = tempfile::tempdir().unwrap();
         let (store, blob, size) = one_toc(directory.path()).await;
-        let content = Content::new(store, ContentOptions { toc_cache: 0, chunk_cache: 0, max_toc: size });
+        let content = Content::new(
+            store,
+            ContentOptions { toc_cache: 0, chunk_cache: 0, max_toc: size },
+            ServerMetrics::default(),
+        );
         let (one, two) = tokio::join!(content.toc(&blob), content.toc(&blob));
         let (one, two) = (one.unwrap(), two.unwrap());
         assert!(Arc::ptr_eq(&one, &two));
@@ -370,7 +380,11 @@ mod tests {
     async fn memory_for_tocs_is_bounded() {
         let directory = tempfile::tempdir().unwrap();
         let (store, blob, size) = one_toc(directory.path()).await;
-        let content = Content::new(store, ContentOptions { toc_cache: 0, chunk_cache: 0, max_toc: size });
+        let content = Content::new(
+            store,
+            ContentOptions { toc_cache: 0, chunk_cache: 0, max_toc: size },
+            ServerMetrics::default(),
+        );
         let _all = content.memory.try_acquire().unwrap();
         assert!(matches!(content.toc(&blob).await, Err(ServeError::Exhausted { .. })));
     }

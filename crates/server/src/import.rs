@@ -4,10 +4,12 @@ use std::collections::{HashMap, HashSet};
 use std::path::PathBuf;
 use std::sync::atomic::{AtomicU32, AtomicU64, Ordering};
 use std::sync::{Arc, Mutex, PoisonError, Weak};
-use std::time::Duration;
+use std::time::{Duration, Instant};
 
 use millstream_oci::{Digest, ImageRef, ManifestDigest, Platform};
 use millstream_source::ImageSource;
+use millstream_toc::Budget;
+use millstream_toc::build::BuildOptions;
 use tokio::sync::{OwnedSemaphorePermit, Semaphore};
 use tokio::task::JoinSet;
 
@@ -15,6 +17,7 @@ use crate::ServeError;
 use crate::content::Content;
 use crate::describe::{Described, describe};
 use crate::layer::{Build, Outcome, WantedLayer, import_layer};
+use crate::metrics::{LayerResult, ServerMetrics};
 use crate::store::{ImageRecord, Store};
 
 /// Layers of one image that wait for or use a builder at a time.
@@ -33,6 +36,8 @@ pub struct ImportOptions {
     pub scratch: PathBuf,
     /// Whether layers are built at the lowest priority, on threads of their own: on a machine that has other work.
     pub idle: bool,
+    /// What one layer may cost; one that costs more is not streamed.
+    pub budget: Budget,
 }
 
 impl Default for ImportOptions {
@@ -43,6 +48,7 @@ impl Default for ImportOptions {
             deadline: Duration::from_secs(3600),
             scratch: std::env::temp_dir(),
             idle: false,
+            budget: Budget::default(),
         }
     }
 }
@@ -80,6 +86,7 @@ pub(crate) struct Importer {
     pub(crate) store: Store,
     pub(crate) content: Arc<Content>,
     options: ImportOptions,
+    metrics: ServerMetrics,
     images: Arc<Semaphore>,
     builders: Semaphore,
     /// One lock for each layer under way: who comes second finds it done.
@@ -87,10 +94,10 @@ pub(crate) struct Importer {
 }
 
 impl Importer {
-    pub(crate) fn new(store: Store, content: Arc<Content>, options: ImportOptions) -> Self {
+    pub(crate) fn new(store: Store, content: Arc<Content>, options: ImportOptions, metrics: ServerMetrics) -> Self {
         let images = Arc::new(Semaphore::new(options.images.min(Semaphore::MAX_PERMITS)));
         let builders = Semaphore::new(options.builders.clamp(1, Semaphore::MAX_PERMITS));
-        Self { store, content, options, images, builders, layers: Mutex::default() }
+        Self { store, content, options, metrics, images, builders, layers: Mutex::default() }
     }
 
     /// Admits one more import, or refuses it.
@@ -108,10 +115,12 @@ impl Importer {
         platform: &Platform,
         progress: &Arc<Progress>,
     ) -> Result<Imported, ServeError> {
+        let begun = Instant::now();
         let work = self.import_unbounded(source, image, platform, progress);
-        tokio::time::timeout(self.options.deadline, work)
-            .await
-            .map_err(|_| ServeError::TimedOut { what: "the import" })?
+        let imported = tokio::time::timeout(self.options.deadline, work).await;
+        let imported = imported.unwrap_or(Err(ServeError::TimedOut { what: "the import" }));
+        self.metrics.imported(imported.is_ok(), begun.elapsed());
+        imported
     }
 
     async fn import_unbounded(
@@ -181,20 +190,29 @@ impl Importer {
             read.fetch_add(bytes, Ordering::Relaxed);
             job.progress.bytes_done.fetch_add(bytes, Ordering::Relaxed);
         };
+        let mut known = false;
         let outcome = match layer.compression() {
             Err(reason) => Outcome::Ineligible(reason),
             Ok(compression) => {
                 let lock = self.layer_lock(&layer.digest);
                 let _one_at_a_time = lock.lock().await;
-                if self.adopt(job, layer).await? {
+                known = self.adopt(job, layer).await?;
+                if known {
                     Outcome::Ready
                 } else {
                     let _builder = self.builders.acquire().await;
-                    let build = Build { scratch: &self.options.scratch, compression, idle: self.options.idle };
+                    let ImportOptions { scratch, budget, idle, .. } = &self.options;
+                    let options = BuildOptions { compression, budget: *budget };
+                    let build = Build { scratch, options, idle: *idle };
                     import_layer(&self.store, &*job.source, layer, build, &count).await?
                 }
             }
         };
+        self.metrics.layer(match &outcome {
+            Outcome::Ready if known => LayerResult::Known,
+            Outcome::Ready => LayerResult::Read,
+            Outcome::Ineligible(_) => LayerResult::Ineligible,
+        });
         // What needed no reading is done as well.
         let rest = layer.size.saturating_sub(read.load(Ordering::Relaxed));
         job.progress.bytes_done.fetch_add(rest, Ordering::Relaxed);

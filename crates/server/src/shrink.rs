@@ -145,7 +145,7 @@ fn age(meta: &ObjectMeta, now: SystemTime) -> Duration {
 /// The layer that an object is of.
 fn blob_of(path: &Path) -> Option<Digest> {
     let (kind, name) = path.as_ref().split_once('/')?;
-    if !matches!(kind, "tocs" | "windows" | "layers") {
+    if !matches!(kind, "tocs" | "windows" | "skeletons" | "layers") {
         return None;
     }
     format!("sha256:{name}").parse().ok()

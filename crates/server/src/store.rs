@@ -4,7 +4,8 @@
 //! |---|---|
 //! | `tocs/<blob>` | TOC in wire form |
 //! | `windows/<blob>` | index and compressed windows, see [`crate::windows`] |
-//! | `layers/<blob>` | JSON [`LayerRecord`]; written after the two above, so that its presence vouches for theirs |
+//! | `skeletons/<blob>` | the skeleton, see [`crate::skeleton`]; absent where it is large or was not made yet |
+//! | `layers/<blob>` | JSON [`LayerRecord`]; written after the three above, so that its presence vouches for theirs |
 //! | `indexes/<index>` | an image index as the registry gave it |
 //! | `images/<manifest>/<SHA-256 of the repository's name>` | JSON [`ImageRecord`]; written last |
 //!
@@ -12,6 +13,7 @@
 //! the record of an image that was known in part, by its import), so that any number of servers can share one store without
 //! locks. [`Store::shrink`] removes what was not used for long; only a server that has a store for itself calls it.
 
+use std::fs::File;
 use std::path::Path as FsPath;
 use std::sync::Arc;
 
@@ -32,6 +34,9 @@ use crate::windows::WindowFile;
 const UPLOADS_AT_ONCE: usize = 4;
 /// Bytes read from a scratch file at a time.
 const COPY_SIZE: usize = 1 << 20;
+
+/// An object as it is read.
+pub type Pieces = BoxStream<'static, Result<Bytes, StoreError>>;
 
 /// Why the store failed.
 #[derive(Debug, thiserror::Error)]
@@ -156,6 +161,15 @@ impl Store {
         Self { objects }
     }
 
+    /// Whether the store answers: looks at the names in its root, of which there are a few.
+    ///
+    /// # Errors
+    ///
+    /// When the object store fails.
+    pub async fn probe(&self) -> Result<(), StoreError> {
+        self.objects.list_with_delimiter(None).await.map(drop).map_err(failed(&Path::ROOT))
+    }
+
     /// What is known of `blob`, if it was written by this format version.
     ///
     /// # Errors
@@ -189,10 +203,7 @@ impl Store {
     /// # Errors
     ///
     /// When the object store fails.
-    pub async fn toc(
-        &self,
-        blob: &Digest,
-    ) -> Result<Option<BoxStream<'static, Result<Bytes, StoreError>>>, StoreError> {
+    pub async fn toc(&self, blob: &Digest) -> Result<Option<Pieces>, StoreError> {
         let path = toc_path(blob);
         match self.objects.get(&path).await {
             Ok(found) => Ok(Some(found.into_stream().map(move |piece| piece.map_err(failed(&path))).boxed())),
@@ -207,12 +218,42 @@ impl Store {
     ///
     /// When the object store or the scratch file fails.
     pub async fn put_windows(&self, blob: &Digest, windows: WindowFile) -> Result<(), StoreError> {
-        let path = windows_path(blob);
         let (index, file) = windows.into_parts();
+        self.upload(&windows_path(blob), index, file).await
+    }
+
+    /// Stores the skeleton of `blob`.
+    ///
+    /// # Errors
+    ///
+    /// When the object store or the scratch file fails.
+    pub async fn put_skeleton(&self, blob: &Digest, skeleton: File) -> Result<(), StoreError> {
+        self.upload(&skeleton_path(blob), Vec::new(), skeleton).await
+    }
+
+    /// The skeleton of `blob` in pieces, and its size in bytes; `None` when there is none.
+    ///
+    /// # Errors
+    ///
+    /// When the object store fails.
+    pub async fn skeleton(&self, blob: &Digest) -> Result<Option<(u64, Pieces)>, StoreError> {
+        let path = skeleton_path(blob);
+        match self.objects.get(&path).await {
+            Ok(found) => {
+                let size = found.meta.size;
+                Ok(Some((size, found.into_stream().map(move |piece| piece.map_err(failed(&path))).boxed())))
+            }
+            Err(object_store::Error::NotFound { .. }) => Ok(None),
+            Err(error) => Err(failed(&path)(error)),
+        }
+    }
+
+    /// Writes an object of `head` and what is left of `file`.
+    async fn upload(&self, path: &Path, head: Vec<u8>, file: File) -> Result<(), StoreError> {
         let mut file = tokio::fs::File::from_std(file);
-        let upload = self.objects.put_multipart(&path).await.map_err(failed(&path))?;
+        let upload = self.objects.put_multipart(path).await.map_err(failed(path))?;
         let mut upload = WriteMultipart::new(upload);
-        upload.put(index.into());
+        upload.put(head.into());
         let mut buffer = vec![0; COPY_SIZE];
         loop {
             match file.read(&mut buffer).await {
@@ -224,9 +265,9 @@ impl Store {
                     return Err(error.into());
                 }
             }
-            upload.wait_for_capacity(UPLOADS_AT_ONCE).await.map_err(failed(&path))?;
+            upload.wait_for_capacity(UPLOADS_AT_ONCE).await.map_err(failed(path))?;
         }
-        upload.finish().await.map_err(failed(&path))?;
+        upload.finish().await.map_err(failed(path))?;
         Ok(())
     }
 
@@ -333,6 +374,10 @@ fn toc_path(blob: &Digest) -> Path {
 
 fn windows_path(blob: &Digest) -> Path {
     Path::from(format!("windows/{}", blob.hex()))
+}
+
+fn skeleton_path(blob: &Digest) -> Path {
+    Path::from(format!("skeletons/{}", blob.hex()))
 }
 
 pub(crate) fn layer_path(blob: &Digest) -> Path {

@@ -6,7 +6,7 @@ use std::time::Duration;
 
 use serde::{Deserialize, Serialize};
 
-use crate::{LogSettings, Schema, SettingsError, amount};
+use crate::{LogSettings, MetricsSettings, Schema, SettingsError, amount};
 
 /// Everything that can be set.
 #[derive(Debug, Clone, PartialEq, Deserialize, Serialize)]
@@ -29,6 +29,8 @@ pub struct Settings {
     pub containerd: ContainerdSettings,
     /// What is logged.
     pub log: LogSettings,
+    /// Where metrics and probes are shown.
+    pub metrics: MetricsSettings,
 }
 
 /// `[server]`: the remote file system service.
@@ -95,6 +97,7 @@ impl Default for Settings {
             fetch: FetchSettings::default(),
             containerd: ContainerdSettings::default(),
             log: LogSettings::default(),
+            metrics: MetricsSettings::default(),
         }
     }
 }

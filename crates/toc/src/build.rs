@@ -17,7 +17,7 @@ use crate::format::{ChunkIx, SHORT_DIGEST, SpanIx};
 use crate::range::DataRange;
 use crate::tar::{MemberKind, TarLimits, TarReader};
 use content::Contents;
-pub use error::{BuildError, Ineligible};
+pub use error::{Bound, BuildError, Ineligible};
 use stream::{Shared, TarStream};
 use tree::Tree;
 
@@ -109,6 +109,16 @@ pub trait BuildSink {
         let _ = (chunk, data, digest, bytes);
         Ok(())
     }
+
+    /// The next bytes of the tar that are not stored content of a file: headers, padding, what the tree does not take, the
+    /// end. Together, in order, they are the layer's skeleton; see [`Reassembled`](crate::Reassembled).
+    ///
+    /// # Errors
+    /// Whatever keeps the sink from going on.
+    fn skeleton(&mut self, bytes: &[u8]) -> io::Result<()> {
+        let _ = bytes;
+        Ok(())
+    }
 }
 
 /// The sink that takes nothing.
@@ -135,11 +145,12 @@ pub fn build(blob: impl Read, options: &BuildOptions, sink: &mut dyn BuildSink) 
     let mut tree = Tree::new(budget);
     let mut contents = Contents::new(budget, &shared);
     while let Some(member) = tar.next().map_err(|error| shared.blame(error))? {
+        // A name that makes it a whiteout makes every type one.
+        let Some(place) = tree.place(&member)? else { continue };
         if member.typeflag == b'S' {
             // Go reads the old sparse form of GNU tar, but containerd has no case for it.
             return Err(BuildError::member(&member.name, "old GNU sparse file"));
         }
-        let Some(place) = tree.place(&member)? else { continue };
         let content = if member.kind == MemberKind::Regular { contents.add(&mut tar, &member)? } else { None };
         tree.create(place, &member, content)?;
     }

@@ -93,6 +93,9 @@ pub enum Kind {
 pub const FLAG_IMPLIED: u8 = 1;
 /// Nothing of lower layers shows through this directory.
 pub const FLAG_OPAQUE: u8 = 2;
+/// The layer describes this directory after something in it: what it had from below until then, its extended attributes, stays
+/// where the layer names no other.
+pub const FLAG_LATE: u8 = 4;
 
 /// Attributes of one inode.
 #[derive(Debug, Clone, Copy, FromBytes, IntoBytes, Immutable, KnownLayout, Unaligned)]
@@ -100,7 +103,7 @@ pub const FLAG_OPAQUE: u8 = 2;
 pub struct InodeRecord {
     /// [`Kind`].
     pub kind: u8,
-    /// [`FLAG_IMPLIED`], [`FLAG_OPAQUE`]; directories only.
+    /// [`FLAG_IMPLIED`], [`FLAG_OPAQUE`], [`FLAG_LATE`]; directories only.
     pub flags: u8,
     /// Permission bits with setuid, setgid, sticky (07777).
     pub mode: U16,

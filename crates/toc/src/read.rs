@@ -15,8 +15,8 @@ use millstream_oci::{DiffId, Digest};
 use zerocopy::{FromBytes, Immutable, KnownLayout};
 
 use crate::format::{
-    ContentIx, ContentRecord, DirentRecord, ExtentRecord, FLAG_IMPLIED, FLAG_OPAQUE, FormatError, Header, InodeIx,
-    InodeRecord, Kind, MAGIC, NONE, SHORT_DIGEST, SpanRecord, VERSION, XattrRecord, XattrSetRecord,
+    ContentIx, ContentRecord, DirentRecord, ExtentRecord, FLAG_IMPLIED, FLAG_LATE, FLAG_OPAQUE, FormatError, Header,
+    InodeIx, InodeRecord, Kind, MAGIC, NONE, SHORT_DIGEST, SpanRecord, VERSION, XattrRecord, XattrSetRecord,
 };
 
 pub use data::{Chunk, Span, SpanStart};
@@ -135,6 +135,30 @@ impl Toc {
     #[must_use]
     pub fn digest(&self) -> Digest {
         Digest::of(self.as_bytes())
+    }
+
+    /// Whether both are TOCs of the same tar: equal in everything but what only the blob determines, which is its digest,
+    /// size and compression, and the spans. Reads all of both.
+    ///
+    /// # Errors
+    ///
+    /// When a table is gone.
+    pub fn same_tar(&self, other: &Self) -> Result<bool, FormatError> {
+        let sizes = |toc: &Self| (toc.tar_size(), toc.data_size());
+        if self.diff_id() != other.diff_id() || sizes(self) != sizes(other) {
+            return Ok(false);
+        }
+        let spans = Table::Spans as usize;
+        for table in (0..RECORD_SIZES.len()).filter(|table| *table != spans) {
+            let bytes = |toc: &Self| -> Option<Range<usize>> { Some(toc.starts[table]..*toc.starts.get(table + 1)?) };
+            let gone = damaged("file became shorter");
+            let one = bytes(self).and_then(|range| self.as_bytes().get(range)).ok_or(gone.clone())?;
+            let two = bytes(other).and_then(|range| other.as_bytes().get(range)).ok_or(gone)?;
+            if one != two {
+                return Ok(false);
+            }
+        }
+        Ok(true)
     }
 
     /// The header as it was when the TOC was opened.
@@ -493,6 +517,12 @@ impl Inode<'_> {
     #[must_use]
     pub const fn is_opaque(&self) -> bool {
         self.record.flags & FLAG_OPAQUE != 0
+    }
+
+    /// Whether the layer describes this directory only after something in it, so that it has extended attributes from below as well.
+    #[must_use]
+    pub const fn is_late(&self) -> bool {
+        self.record.flags & FLAG_LATE != 0
     }
 
     /// Whether it has extended attributes.

@@ -110,6 +110,8 @@ pub enum MemberKind {
     /// PAX records for all that follows. containerd ignores them, but not that a member is there: it makes the parents of `name`
     /// and removes what was at `name` before. No other field means anything.
     GlobalHeader,
+    /// A type for which containerd has no case: it refuses the member, unless its name makes it a whiteout.
+    Unknown,
 }
 
 /// One member of an archive.

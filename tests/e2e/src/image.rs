@@ -303,25 +303,6 @@ fn write_bytes(blobs: &Path, blob: &Blob) -> Result<LayerInfo> {
     Ok(LayerInfo { digest, size: blob.bytes.len() as u64, diff_id: blob.diff_id.clone() })
 }
 
-/// Writes an image index of these images into a layout that has them, under `tag`.
-///
-/// # Errors
-///
-/// If a file cannot be read or written.
-pub fn write_index(layout: &Path, tag: &str, images: &[ImageInfo]) -> Result<()> {
-    const INDEX: &str = "application/vnd.oci.image.index.v1+json";
-    let blobs = layout.join("blobs/sha256");
-    let mut manifests = Vec::with_capacity(images.len());
-    for image in images {
-        let digest = image.manifest.trim_start_matches("sha256:");
-        let size = std::fs::metadata(blobs.join(digest)).with_context(|| format!("manifest {digest}"))?.len();
-        manifests.push(descriptor(MediaTypes::Oci.manifest(), digest, size));
-    }
-    let index = json!({ "schemaVersion": 2, "mediaType": INDEX, "manifests": manifests });
-    let index = write_json(&blobs, &index, INDEX)?;
-    add_to_index(layout, tag, index)
-}
-
 fn write_json(blobs: &Path, value: &impl Serialize, media_type: &str) -> Result<Value> {
     let bytes = serde_json::to_vec(value)?;
     let digest = hex::encode(Sha256::digest(&bytes));

@@ -7,6 +7,9 @@ use flate2::{Compression, write::GzEncoder};
 use sha2::{Digest as _, Sha256};
 use zstd::stream::write::Encoder as ZstdEncoder;
 
+/// The usual one of image builders.
+const LEVEL: Compression = Compression::new(6);
+
 /// How a layer's tar becomes a blob.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
 pub enum Packing {
@@ -14,6 +17,8 @@ pub enum Packing {
     Plain,
     /// One gzip member.
     Gzip,
+    /// The same, compressed as fast as possible, for what does not compress.
+    GzipFast,
     /// A new gzip member after so many bytes of tar.
     GzipMembers(u64),
     /// One zstd frame.
@@ -68,10 +73,11 @@ impl<W: Write> Packer<W> {
         let member = match packing {
             Packing::Plain => return Ok(Self::Plain(out)),
             Packing::Zstd => return Ok(Self::Zstd(Box::new(ZstdEncoder::new(out, 0)?))),
-            Packing::Gzip => u64::MAX,
+            Packing::Gzip | Packing::GzipFast => u64::MAX,
             Packing::GzipMembers(size) => size.max(1),
         };
-        Ok(Self::Gzip { encoder: Some(gzip(out)), member, left: member })
+        let level = if packing == Packing::GzipFast { Compression::fast() } else { LEVEL };
+        Ok(Self::Gzip { encoder: Some(Box::new(GzEncoder::new(out, level))), member, left: member })
     }
 
     /// Ends the last member and gives the writer back.
@@ -92,7 +98,7 @@ impl<W: Write> Write for Packer<W> {
             Self::Gzip { encoder, member, left } => {
                 if *left == 0 {
                     let out = encoder.take().ok_or(io::ErrorKind::BrokenPipe)?.finish()?;
-                    *encoder = Some(gzip(out));
+                    *encoder = Some(Box::new(GzEncoder::new(out, LEVEL)));
                     *left = *member;
                 }
                 let take = bytes.len().min(usize::try_from(*left).unwrap_or(usize::MAX));
@@ -110,8 +116,4 @@ impl<W: Write> Write for Packer<W> {
             Self::Gzip { encoder, .. } => encoder.as_mut().map_or(Ok(()), Write::flush),
         }
     }
-}
-
-fn gzip<W: Write>(out: W) -> Box<GzEncoder<W>> {
-    Box::new(GzEncoder::new(out, Compression::new(6)))
 }

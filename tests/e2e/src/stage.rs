@@ -156,9 +156,18 @@ impl Stage {
     ///
     /// If it cannot be written or pushed.
     pub fn push(&self, name: &str, image: &Image) -> Result<Pushed> {
+        self.push_as(name, image, &format!("{name}:1"))
+    }
+
+    /// Puts an image into the registry under this repository and tag; `name` is what the layout has it under.
+    ///
+    /// # Errors
+    ///
+    /// If it cannot be written or pushed.
+    pub fn push_as(&self, name: &str, image: &Image, name_and_tag: &str) -> Result<Pushed> {
         let info = image.write(&self.layout, name)?;
-        self.registry()?.push(&self.layout, name, &format!("{name}:1"))?;
-        Ok(Pushed { reference: format!("{}/{name}:1", self.host()?), info })
+        self.registry()?.push(&self.layout, name, name_and_tag)?;
+        Ok(Pushed { reference: format!("{}/{name_and_tag}", self.host()?), info })
     }
 
     /// Puts many images into the repository `name`, where each is known by its digest.
@@ -227,6 +236,11 @@ impl Stage {
         format!("http://{}", self.server_options.address)
     }
 
+    /// Directory in the manner of `certs.d` that knows the registry.
+    pub fn certs_d(&self) -> &Path {
+        &self.certs_d
+    }
+
     /// Settings of a node that knows registry and server.
     pub fn node_options(&self) -> NodeOptions {
         NodeOptions::new(&self.server_address(), &self.certs_d)
@@ -275,21 +289,22 @@ impl Stage {
         self.oracle_of(Version::V1)
     }
 
-    /// The same of another version; one of each may stand beside the other.
+    /// The same of another version; one of each major one may stand beside the other.
     ///
     /// # Errors
     ///
     /// If it does not start.
     pub fn oracle_of(&self, version: Version) -> Result<Containerd> {
         let options = self.containerd_options(version, Snapshotter::Overlayfs, false)?;
-        let name = match version {
-            Version::V1 => "oracle",
-            Version::V2 => "oracle2",
-        };
-        Containerd::start_as(&self.work, name, options)
+        Containerd::start_as(&self.work, &format!("oracle{}", version.major()), options)
     }
 
-    fn containerd_options(
+    /// How [`Stage::containerd`] sets one up.
+    ///
+    /// # Errors
+    ///
+    /// If the registry was stopped.
+    pub fn containerd_options(
         &self,
         version: Version,
         snapshotter: Snapshotter,
@@ -313,6 +328,15 @@ impl Stage {
     /// If it does not answer.
     pub fn cri(&self, containerd: &Containerd) -> Result<Cri> {
         Cri::connect(&self.work, &containerd.socket())
+    }
+
+    /// The most memory that the server has had so far; see [`crate::process::peak_memory`].
+    ///
+    /// # Errors
+    ///
+    /// If it was stopped.
+    pub fn server_memory(&self) -> Result<u64> {
+        self.server.as_ref().context("the server is down")?.peak_memory()
     }
 
     /// Stops the server.
@@ -401,11 +425,20 @@ pub fn layers_of(node: &Node, image: &Pushed) -> Result<Vec<LayerStatus>> {
 ///
 /// If they are not within a minute; the error says what they are instead.
 pub fn await_verified(node: &Node, image: &Pushed) -> Result<()> {
+    await_verified_within(node, image, PATIENCE)
+}
+
+/// The same with another deadline.
+///
+/// # Errors
+///
+/// If they are not within it; the error says what they are instead.
+pub fn await_verified_within(node: &Node, image: &Pushed, deadline: Duration) -> Result<()> {
     let mut wanted = image.layers();
     wanted.sort_unstable();
     wanted.dedup();
     let mut seen = Vec::new();
-    let found = eventually("every layer to be verified", PATIENCE, || {
+    let found = eventually("every layer to be verified", deadline, || {
         seen = layers_of(node, image).unwrap_or_default();
         (seen.len() == wanted.len() && seen.iter().all(|layer| layer.state() == State::Verified)).then_some(())
     });

@@ -64,6 +64,17 @@ fn images_of(row: &Row) -> Vec<(String, Expect, Image)> {
     images
 }
 
+/// Imports every image, a few at a time; gives what each import said if it failed.
+fn import_all(stage: &Stage, cases: &[Case]) -> Vec<Option<String>> {
+    let import = |case: &Case| stage.import(&case.image).err().map(|error| format!("{error:#}"));
+    std::thread::scope(|scope| {
+        let parts: Vec<_> = cases.chunks(cases.len().div_ceil(4).max(1)).collect();
+        let threads: Vec<_> =
+            parts.iter().map(|part| scope.spawn(|| part.iter().map(import).collect::<Vec<_>>())).collect();
+        threads.into_iter().flat_map(|thread| thread.join().unwrap()).collect()
+    })
+}
+
 /// Pulls every image and reads what comes of it.
 fn unpack_all(containerd: &Containerd, cri: &Cri, mounts: &Path, cases: &[Case]) -> Vec<Made> {
     let unpack = |(number, case): (usize, &Case)| {
@@ -152,8 +163,7 @@ fn hostile_archives_show_what_containerd_shows_or_nothing() {
     let cases: Vec<Case> =
         names.into_iter().zip(pushed).map(|((name, expect), image)| Case { name, expect, image }).collect();
     lap("pushed");
-    let imports: Vec<Option<String>> =
-        cases.iter().map(|case| stage.import(&case.image).err().map(|error| format!("{error:#}"))).collect();
+    let imports = import_all(&stage, &cases);
     lap("imported");
 
     let node = stage.node_on_demand().unwrap();

@@ -7,8 +7,8 @@ use anyhow::{Context, bail, ensure};
 use bytes::Bytes;
 use millstream_containerd::{BlobDescriptor, ContainerdError, Image, Namespace};
 use millstream_oci::{
-    ChainId, DiffId, Digest, Document, ImageRef, IndexEntry, MAX_DOCUMENT_SIZE, ManifestDigest, Platform, TagOrDigest,
-    chain_ids, parse_config, parse_document, select_platform,
+    ChainId, DiffId, Digest, Document, ImageRef, IndexEntry, MAX_DOCUMENT_SIZE, Manifest, ManifestDigest, Platform,
+    TagOrDigest, chain_ids, parse_config, parse_document, select_platform,
 };
 use millstream_registry::{Fetched, Repository};
 use millstream_source::{Retry, SourceError};
@@ -68,12 +68,14 @@ struct RawDescriptor {
     media_type: String,
 }
 
-/// Asks the registry what the reference stands for on `platform`.
+/// Asks the registry what the reference stands for on `platform`, or on this machine. An image for one platform is taken as it
+/// is where nobody named one, as with containerd.
 pub(crate) async fn resolve(
     repository: &Repository,
     image: &ImageRef,
-    platform: &Platform,
+    asked: Option<&Platform>,
 ) -> anyhow::Result<Resolved> {
+    let platform = &asked.cloned().unwrap_or_else(Platform::host);
     let mut documents = Vec::new();
     let mut wanted = image.tag_or_digest();
     let (fetched, manifest) = loop {
@@ -94,20 +96,12 @@ pub(crate) async fn resolve(
     };
     let config_digest = manifest.config.digest;
     let config = patiently(|| repository.blob(&config_digest, MAX_DOCUMENT_SIZE as u64)).await?;
-    let diff_ids = parse_config(&config).context("reading the image's configuration")?.diff_ids;
-    let raw: RawManifest = serde_json::from_slice(&fetched.bytes)?;
-    let same = diff_ids.len() == manifest.layers.len() && raw.layers.len() == manifest.layers.len();
-    ensure!(same, "{} layers and {} diff IDs: the image is malformed", manifest.layers.len(), diff_ids.len());
-    let layers: Vec<Layer> = manifest
-        .layers
-        .iter()
-        .zip(raw.layers)
-        .zip(diff_ids.iter().zip(chain_ids(&diff_ids)))
-        .map(|((layer, raw), (diff_id, chain))| {
-            let descriptor = BlobDescriptor { media_type: raw.media_type, digest: layer.digest, size: layer.size };
-            Layer { descriptor, diff_id: *diff_id, chain }
-        })
-        .collect();
+    let parsed = parse_config(&config).context("reading the image's configuration")?;
+    let own = IndexEntry { digest: fetched.digest, size: 0, platform: Some(parsed.platform.clone()) };
+    if asked.is_some() && select_platform(&[own], platform).is_none() {
+        bail!("there is nothing for {platform}, only {}; hint: --platform", parsed.platform);
+    }
+    let layers = layers(&manifest, &fetched.bytes, &parsed.diff_ids)?;
     let mut children = vec![("config".to_owned(), config_digest.to_string())];
     children
         .extend(layers.iter().enumerate().map(|(n, layer)| (format!("l.{n}"), layer.descriptor.digest.to_string())));
@@ -117,6 +111,23 @@ pub(crate) async fn resolve(
         BlobDescriptor { media_type: manifest.config.media_type, digest: config_digest, size: config.len() as u64 };
     let config = Stored { descriptor, bytes: config, kind: "config", children: Vec::new() };
     Ok(Resolved { name: image.to_string(), image: image.clone(), documents, manifest: digest, config, layers })
+}
+
+/// Joins what manifest and configuration say of each layer.
+fn layers(manifest: &Manifest, bytes: &[u8], diff_ids: &[DiffId]) -> anyhow::Result<Vec<Layer>> {
+    let raw: RawManifest = serde_json::from_slice(bytes)?;
+    let same = diff_ids.len() == manifest.layers.len() && raw.layers.len() == manifest.layers.len();
+    ensure!(same, "{} layers and {} diff IDs: the image is malformed", manifest.layers.len(), diff_ids.len());
+    let described = manifest.layers.iter().zip(raw.layers).map(|(layer, raw)| BlobDescriptor {
+        media_type: raw.media_type,
+        digest: layer.digest,
+        size: layer.size,
+    });
+    let unpacked = diff_ids.iter().zip(chain_ids(diff_ids));
+    Ok(described
+        .zip(unpacked)
+        .map(|(descriptor, (diff_id, chain))| Layer { descriptor, diff_id: *diff_id, chain })
+        .collect())
 }
 
 fn offered(entries: &[IndexEntry]) -> String {
@@ -177,7 +188,10 @@ pub(crate) async fn source_label(
     space: &Namespace,
     digest: &Digest,
 ) -> Result<BTreeMap<String, String>, ContainerdError> {
-    let key = format!("containerd.io/distribution.source.{}", resolved.image.registry());
+    // Without the port, as containerd does it.
+    let registry = resolved.image.registry();
+    let host = registry.rsplit_once(':').map_or(registry, |(host, _)| host);
+    let key = format!("containerd.io/distribution.source.{host}");
     let before = match space.blob_info(digest).await {
         Ok(mut info) => info.labels.remove(&key).unwrap_or_default(),
         Err(ContainerdError::NotFound { .. }) => String::new(),

@@ -6,6 +6,7 @@ use std::time::{SystemTime, UNIX_EPOCH};
 use anyhow::{Context, bail, ensure};
 use futures::{StreamExt, TryStreamExt, stream};
 use millstream_containerd::{ContainerdError, Mount, Namespace, Prepared, SnapshotKind, Snapshots};
+use millstream_oci::Digest;
 use millstream_registry::Repository;
 use tokio::sync::mpsc;
 
@@ -194,15 +195,29 @@ async fn offer(resolved: &Resolved, number: usize, snapshots: &Snapshots) -> any
     bail!("snapshot {} is declared to be there, and is not; hint: try again", layer.chain)
 }
 
+/// What stands before the names of the labels of CRI.
+const CRI: &str = "containerd.io/snapshot/cri.";
+
 /// What CRI tells a snapshotter about a layer.
 fn labels(resolved: &Resolved, number: usize) -> BTreeMap<String, String> {
-    const CRI: &str = "containerd.io/snapshot/cri.";
     let layer = &resolved.layers[number];
-    let list_key = format!("{CRI}image-layers");
+    [
+        ("containerd.io/snapshot.ref".to_owned(), layer.chain.to_string()),
+        (format!("{CRI}image-ref"), resolved.name.clone()),
+        (format!("{CRI}manifest-digest"), resolved.manifest.to_string()),
+        (format!("{CRI}layer-digest"), layer.descriptor.digest.to_string()),
+        list(resolved.layers[number..].iter().map(|layer| layer.descriptor.digest)),
+    ]
+    .into()
+}
+
+/// The label with a layer and those above it, as many as fit.
+fn list(layers: impl Iterator<Item = Digest>) -> (String, String) {
+    let key = format!("{CRI}image-layers");
     let mut list = String::new();
-    for above in &resolved.layers[number..] {
-        let item = above.descriptor.digest.to_string();
-        if list_key.len() + list.len() + 1 + item.len() > MAX_LABEL {
+    for digest in layers {
+        let item = digest.to_string();
+        if key.len() + list.len() + 1 + item.len() > MAX_LABEL {
             break;
         }
         if !list.is_empty() {
@@ -210,14 +225,7 @@ fn labels(resolved: &Resolved, number: usize) -> BTreeMap<String, String> {
         }
         list.push_str(&item);
     }
-    [
-        ("containerd.io/snapshot.ref".to_owned(), layer.chain.to_string()),
-        (format!("{CRI}image-ref"), resolved.name.clone()),
-        (format!("{CRI}manifest-digest"), resolved.manifest.to_string()),
-        (format!("{CRI}layer-digest"), layer.descriptor.digest.to_string()),
-        (list_key, list),
-    ]
-    .into()
+    (key, list)
 }
 
 /// A word that no other pull of this machine has used.
@@ -246,5 +254,20 @@ async fn unpack(
         // Another client was faster.
         Err(ContainerdError::AlreadyExists { .. }) => Ok(snapshots.remove(key).await?),
         committed => Ok(committed?),
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn the_list_of_layers_is_cut_where_containerd_would_refuse_it() {
+        let digests = |count: u8| (0..count).map(|n| Digest::of(&[n]));
+        let (key, all) = list(digests(50));
+        assert_eq!(all, digests(50).map(|digest| digest.to_string()).collect::<Vec<_>>().join(","));
+        let (_, cut) = list(digests(100));
+        assert!(key.len() + cut.len() <= MAX_LABEL && cut.starts_with(&all), "{}", cut.len());
+        assert!(cut.split(',').all(|digest| digest.parse::<Digest>().is_ok()));
     }
 }

@@ -1,7 +1,6 @@
 //! Waiting for the background downloads of one image.
 
 use std::collections::BTreeSet;
-use std::path::Path;
 use std::time::{Duration, Instant};
 
 use anyhow::bail;
@@ -9,7 +8,7 @@ use indicatif::{ProgressBar, ProgressStyle};
 use millstream_wire::millstream::v1 as wire;
 
 use super::image::Resolved;
-use crate::connect;
+use crate::connect::{Node, PATIENCE, within};
 
 /// How often is looked.
 const PAUSE: Duration = Duration::from_millis(250);
@@ -17,13 +16,13 @@ const PAUSE: Duration = Duration::from_millis(250);
 const STANDSTILL: Duration = Duration::from_secs(600);
 
 /// Waits until every layer of the image that the node has lazily is wholly local and verified. Others are local anyway.
-pub(crate) async fn until_local(node: &Path, resolved: &Resolved) -> anyhow::Result<()> {
+pub(crate) async fn until_local(node: &Node, resolved: &Resolved) -> anyhow::Result<()> {
     let wanted: BTreeSet<String> = resolved.layers.iter().map(|layer| layer.descriptor.digest.to_string()).collect();
-    let mut client = connect::node(node).await?;
+    let mut client = node.connect().await?;
     let bar = ProgressBar::new(0).with_style(ProgressStyle::with_template("{bytes}/{total_bytes} {bar:40} local")?);
     let (mut best, mut since) = (0, Instant::now());
     loop {
-        let status = client.status(wire::StatusRequest {}).await.map_err(connect::refused)?.into_inner();
+        let status = within(PATIENCE, &node.name(), client.status(wire::StatusRequest {})).await?;
         let layers: Vec<_> = status.layers.iter().filter(|layer| wanted.contains(&layer.layer)).collect();
         let open: Vec<_> = layers.iter().filter(|layer| layer.state() != wire::layer_status::State::Verified).collect();
         if open.is_empty() {

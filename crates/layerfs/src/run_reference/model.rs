@@ -140,6 +140,10 @@ impl Tree {
         }
         let made = self.create(path, What::Directory(BTreeMap::new()));
         self.inodes[made].implied = true;
+        let above = &self.inodes[self.lstat(&path[..path.len() - 1])?.ok_or(Refused)?];
+        if above.mode & 0o2000 != 0 {
+            self.inodes[made].gid = above.gid;
+        }
         for parent in parents {
             if let Some(source) = parent.parent_source(path)? {
                 if source.children().is_none() {
@@ -274,11 +278,7 @@ impl Tree {
         inode.gid = header.gid().unwrap().try_into().unwrap();
         inode.mtime = header.mtime().unwrap().try_into().unwrap();
         inode.mode = if inode.what.kind() == Kind::Symlink { 0o777 } else { (header.mode().unwrap() & 0o7777) as u16 };
-        if inode.implied {
-            // Here containerd would leave the copied xattrs; see "What it does not do" in the README.
-            inode.xattrs.retain(|name, _| name == OPAQUE);
-            inode.implied = false;
-        }
+        inode.implied = false;
         let user = matches!(inode.what.kind(), Kind::Regular | Kind::Directory);
         inode.xattrs.extend(
             xattrs

@@ -76,11 +76,27 @@ pub enum Ineligible {
         /// The file.
         path: String,
     },
-    /// A name or value of an extended attribute that Linux does not take.
-    #[error("{path} has an extended attribute that is too long or has no name")]
+    /// A name, a value or a sum of extended attributes that not every kernel and file system takes.
+    #[error("{path} has an extended attribute that not every file system takes")]
     Xattr {
         /// The file.
         path: String,
+    },
+    /// containerd unpacks the lowest layer of an image by other rules than those above it, and a layer does not know where it will
+    /// be: here the two give different trees, or one of them none.
+    #[error("{path}: {what}, of which containerd makes one thing in the lowest layer and another above")]
+    PositionMatters {
+        /// The member.
+        path: String,
+        /// What it is.
+        what: &'static str,
+    },
+    /// A directory that no member describes was made in one that is described later: which group it inherits depends on layers
+    /// below.
+    #[error("directory {name} has no description, and that of its parent comes after it")]
+    Group {
+        /// Name of the directory in its parent.
+        name: String,
     },
     /// User or group 2^32-1, which `chown` takes for "leave it as it is".
     #[error("{path} has an owner that cannot be set")]
@@ -88,6 +104,49 @@ pub enum Ineligible {
         /// The file.
         path: String,
     },
+}
+
+/// What a [`Budget`](super::Budget) counts, as errors say it.
+pub(super) mod counted {
+    pub(in crate::build) const DIRECTORIES: &str = "directories";
+    pub(in crate::build) const FILES: &str = "files";
+    pub(in crate::build) const FILE_BYTES: &str = "bytes of one file";
+    pub(in crate::build) const NAMES: &str = "names";
+    pub(in crate::build) const NAME_BYTES: &str = "bytes of names";
+    pub(in crate::build) const RATIO: &str = "bytes of tar per byte of blob";
+    pub(in crate::build) const TAR_BYTES: &str = "bytes of tar";
+    pub(in crate::build) const TOC_BYTES: &str = "bytes of TOC";
+}
+
+/// The fields of a [`Budget`](super::Budget) that whoever builds may want to raise.
+#[derive(Debug, Clone, Copy, PartialEq, Eq, Hash)]
+pub enum Bound {
+    /// `max_entries`.
+    Entries,
+    /// `max_tar_size`.
+    TarSize,
+    /// `max_file_size`.
+    FileSize,
+    /// `max_ratio`.
+    Ratio,
+    /// `max_toc_bytes`.
+    TocBytes,
+}
+
+impl Ineligible {
+    /// The field of the budget that was spent, if that was the reason.
+    #[must_use]
+    pub fn bound(&self) -> Option<Bound> {
+        let Self::Budget { what, .. } = self else { return None };
+        match *what {
+            counted::DIRECTORIES | counted::FILES | counted::NAMES => Some(Bound::Entries),
+            counted::TAR_BYTES => Some(Bound::TarSize),
+            counted::FILE_BYTES => Some(Bound::FileSize),
+            counted::RATIO => Some(Bound::Ratio),
+            counted::TOC_BYTES | counted::NAME_BYTES => Some(Bound::TocBytes),
+            _ => None,
+        }
+    }
 }
 
 impl BuildError {
@@ -98,6 +157,11 @@ impl BuildError {
     /// Something is wrong with the member `path`.
     pub(super) fn member(path: &[u8], what: &str) -> Self {
         Self::Invalid { what: format!("{}: {what}", text(path)) }
+    }
+
+    /// The member `path` comes to something else in the lowest layer of an image.
+    pub(super) fn position_matters(path: &[u8], what: &'static str) -> Self {
+        Ineligible::PositionMatters { path: text(path), what }.into()
     }
 
     pub(super) const fn over(what: &'static str, limit: u64) -> Self {

@@ -93,9 +93,8 @@ impl Tree<'_> {
                 Slot::Node(node) if self.is_directory(node) => self.lookup(node, component),
                 Slot::Node(node) if self.nodes[node as usize].kind == Kind::Symlink => Slot::Absent,
                 Slot::Absent => Slot::Absent,
-                Slot::Node(_) | Slot::Whiteout => {
-                    return Err(BuildError::member(path, "a parent is not a directory"));
-                }
+                Slot::Node(_) => return Err(BuildError::member(path, "a parent is not a directory")),
+                Slot::Whiteout => return Err(BuildError::position_matters(path, "a parent is a whiteout")),
             };
         }
         Ok(slot)

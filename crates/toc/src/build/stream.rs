@@ -1,12 +1,12 @@
 //! From the blob to the bytes of the tar, with both digests and all checkpoints on the way.
 
-use std::cell::RefCell;
+use std::cell::{Cell, RefCell};
 use std::io::{self, Read};
 
 use millstream_inflate::{InflateError, Inflater, Stop, WINDOW_SIZE};
 use sha2::{Digest as _, Sha256};
 
-use super::error::{BuildError, Ineligible};
+use super::error::{BuildError, Ineligible, counted};
 use super::{Budget, BuildSink, Compression};
 use crate::format::{MAX_SPAN, SHORT_DIGEST, SPAN_SIZE, SpanIx, SpanRecord};
 
@@ -23,11 +23,37 @@ const GZIP_MAGIC: [u8; 3] = [0x1f, 0x8b, 8];
 pub(super) struct Shared<'s> {
     pub(super) sink: RefCell<&'s mut dyn BuildSink>,
     fault: RefCell<Option<BuildError>>,
+    /// Whether what is read now is content of a file.
+    content: Cell<bool>,
 }
 
 impl<'s> Shared<'s> {
     pub(super) fn new(sink: &'s mut dyn BuildSink) -> Self {
-        Self { sink: RefCell::new(sink), fault: RefCell::new(None) }
+        Self { sink: RefCell::new(sink), fault: RefCell::new(None), content: Cell::new(false) }
+    }
+
+    /// Notes that what `read` takes from the stream is content of a file.
+    pub(super) fn in_content<T>(&self, read: impl FnOnce() -> T) -> T {
+        self.content.set(true);
+        let value = read();
+        self.content.set(false);
+        value
+    }
+
+    /// Hands on what was taken from the stream, unless it is content.
+    fn pass(&self, bytes: &[u8]) -> Result<(), BuildError> {
+        if self.content.get() {
+            return Ok(());
+        }
+        self.sink.borrow_mut().skeleton(bytes).map_err(BuildError::Sink)
+    }
+
+    /// What a reader that knows `io::Error` only is told of `error`, which is kept for [`Shared::blame`].
+    fn fail(&self, error: BuildError) -> io::Error {
+        let error = self.blame(error);
+        let seen = io::Error::other(error.to_string());
+        *self.fault.borrow_mut() = Some(error);
+        seen
     }
 
     /// The error of the stream if it has failed, else `other`.
@@ -122,6 +148,7 @@ impl<'s, R: Read> TarStream<'s, R> {
     /// Reads what is left, so that both digests cover everything.
     pub(super) fn finish(mut self) -> Result<Ended, BuildError> {
         loop {
+            self.shared.pass(&self.output[self.output_at..self.output_end])?;
             self.output_at = self.output_end;
             if self.fill()? == 0 {
                 break;
@@ -144,11 +171,11 @@ impl<'s, R: Read> TarStream<'s, R> {
         let produced = if matches!(self.state, State::Plain) { self.fill_plain()? } else { self.fill_gzip()? };
         let budget = self.budget;
         if self.tar_made > budget.max_tar_size {
-            return Err(BuildError::over("bytes of tar", budget.max_tar_size));
+            return Err(BuildError::over(counted::TAR_BYTES, budget.max_tar_size));
         }
         let free = self.tar_made.saturating_sub(RATIO_FREE);
         if free > self.blob_at().saturating_mul(budget.max_ratio) {
-            return Err(BuildError::over("bytes of tar per byte of blob", budget.max_ratio));
+            return Err(BuildError::over(counted::RATIO, budget.max_ratio));
         }
         Ok(produced)
     }
@@ -294,15 +321,11 @@ impl<'s, R: Read> TarStream<'s, R> {
 impl<R: Read> Read for TarStream<'_, R> {
     fn read(&mut self, buffer: &mut [u8]) -> io::Result<usize> {
         if self.output_at == self.output_end && !buffer.is_empty() {
-            self.fill().map_err(|error| {
-                let error = self.shared.blame(error);
-                let seen = io::Error::other(error.to_string());
-                *self.shared.fault.borrow_mut() = Some(error);
-                seen
-            })?;
+            self.fill().map_err(|error| self.shared.fail(error))?;
         }
         let length = buffer.len().min(self.output_end - self.output_at);
         buffer[..length].copy_from_slice(&self.output[self.output_at..self.output_at + length]);
+        self.shared.pass(&buffer[..length]).map_err(|error| self.shared.fail(error))?;
         self.output_at += length;
         Ok(length)
     }

@@ -2,15 +2,18 @@
 //!
 //! The order of the steps follows what containerd does, because for odd archives the order decides the result: where the
 //! name leads, which parents are made, whether it is a whiteout, what is removed, what is made, which attributes it gets.
+//!
+//! containerd has two sets of rules. Above other layers a whiteout is made a device and an opaque mark an attribute; in the lowest
+//! layer both remove, there and then, what they name. Where that makes a difference the layer is not eligible.
 
 use std::collections::HashMap;
 use std::hash::{BuildHasher, RandomState};
 use std::rc::Rc;
 
 use super::Budget;
-use super::error::{BuildError, Ineligible, text};
+use super::error::{BuildError, Ineligible, counted, text};
 use super::path::{clean, components, split};
-use crate::format::{ContentIx, FLAG_IMPLIED, FLAG_OPAQUE, Kind, NONE};
+use crate::format::{ContentIx, FLAG_IMPLIED, FLAG_LATE, FLAG_OPAQUE, Kind, NONE};
 use crate::read::{MAX_NAME, MAX_PATH};
 use crate::tar::{Member, MemberKind};
 
@@ -20,10 +23,24 @@ const WHITEOUT_OPAQUE: &[u8] = b".wh..wh..opq";
 const DEVICE_MASK: (u32, u32) = (0xfff, 0xf_ffff);
 /// Latest time that containerd sets, in seconds and nanoseconds: 2^63 - 1 nanoseconds.
 const LATEST: (i64, u32) = (9_223_372_036, 854_775_807);
+/// Bytes of a path from the root of the layer that containerd can surely make: to the kernel it has the path of a directory of
+/// containerd before it, and 4095 bytes are the most together.
+const MAX_UNPACKED_PATH: usize = 3584;
+/// Bytes of a symbolic link's text that every file system takes; XFS has the least.
+const MAX_LINK_TEXT: usize = 1023;
+/// Bytes of all extended attributes of one file, with 16 for each, that every file system takes: ext4 has one block for them.
+const MAX_XATTR_BYTES: usize = 3072;
 /// Mode of directories that no member describes.
 const IMPLIED_MODE: u16 = 0o755;
 /// Mode of symbolic links on Linux.
 const SYMLINK_MODE: u16 = 0o777;
+
+/// Mark of a directory in whose tree a directory was made that no member had described; never written.
+const FLAG_IMPLIED_BELOW: u8 = 0x80;
+/// Mark of a directory that may have given another group to what was made in it before; never written.
+const FLAG_GROUP_CHANGED: u8 = 0x40;
+/// Bit of a directory's mode by which what is made in it has its group.
+const SET_GROUP_ID: u16 = 0o2000;
 
 /// Index of a node. The root is 0.
 pub(super) type NodeIx = u32;
@@ -80,6 +97,14 @@ pub(super) struct Place {
     existing: Option<NodeIx>,
 }
 
+/// The directory of a member.
+#[derive(Debug, Clone, Copy)]
+struct Parent {
+    node: NodeIx,
+    /// Bytes of its path, links followed.
+    length: usize,
+}
+
 /// The tree so far. About 100 bytes per file.
 pub(super) struct Tree<'b> {
     pub(super) budget: &'b Budget,
@@ -97,7 +122,7 @@ pub(super) struct Tree<'b> {
     /// Members that are directories: cleaned name and time, in order; see [`Tree::finish`].
     directories: Vec<(u32, u32, (i64, u32))>,
     /// Parent of the last member, so that a run of files in one directory costs one walk.
-    last_parent: Option<(Vec<u8>, NodeIx)>,
+    last_parent: Option<(Vec<u8>, Parent)>,
     /// Names looked up while resolving symbolic links.
     pub(super) link_work: u64,
 }
@@ -129,18 +154,30 @@ impl<'b> Tree<'b> {
             // Only the root and what climbs above it end like this after cleaning.
             return Ok(None);
         }
-        check_name(base, &name)?;
-        let parent = self.parent(directory, &name)?;
+        let Parent { node: parent, length } = self.parent(directory, &name)?;
         if base == WHITEOUT_OPAQUE {
+            if self.nodes[parent as usize].flags & FLAG_IMPLIED_BELOW != 0 {
+                // In the lowest layer a mark removes what no member has described so far.
+                return Err(BuildError::position_matters(
+                    &name,
+                    "opaque mark over directories that no member describes",
+                ));
+            }
             self.nodes[parent as usize].flags |= FLAG_OPAQUE;
             return Ok(None);
         }
-        if let Some(hidden) = base.strip_prefix(WHITEOUT_PREFIX) {
+        if length + base.len() > MAX_UNPACKED_PATH {
+            return Err(BuildError::over("bytes of a path", MAX_UNPACKED_PATH as u64));
+        }
+        // Of a whiteout only the name it hides comes into being.
+        let hidden = base.strip_prefix(WHITEOUT_PREFIX);
+        check_name(hidden.unwrap_or(base), &name)?;
+        if let Some(hidden) = hidden {
             if matches!(hidden, b"" | b"." | b"..") {
                 return Err(BuildError::member(&name, "whiteout of no name"));
             }
             if self.lookup(parent, hidden) != Slot::Absent {
-                return Err(BuildError::member(&name, "whiteout of a name that the layer has"));
+                return Err(BuildError::position_matters(&name, "whiteout of a name that the layer has"));
             }
             self.set(parent, hidden, Slot::Whiteout)?;
             return Ok(None);
@@ -168,10 +205,7 @@ impl<'b> Tree<'b> {
         content: Option<ContentIx>,
     ) -> Result<(), BuildError> {
         let node = match member.kind {
-            MemberKind::HardLink => match self.link_target(member)? {
-                Slot::Node(node) => node,
-                slot => return self.set(place.parent, &place.name, slot),
-            },
+            MemberKind::HardLink => self.link_target(member)?,
             MemberKind::Directory if place.existing.is_some() => place.existing.unwrap_or(ROOT),
             _ => match self.new_node(member, content)? {
                 Some(node) => node,
@@ -179,14 +213,15 @@ impl<'b> Tree<'b> {
                 None => return self.set(place.parent, &place.name, Slot::Whiteout),
             },
         };
-        if place.existing.is_none() {
-            self.set(place.parent, &place.name, Slot::Node(node))?;
+        match place.existing {
+            None => self.set(place.parent, &place.name, Slot::Node(node))?,
+            Some(existing) => self.describe_again(existing, member.mode),
         }
         self.set_attributes(node, member)?;
         if member.kind == MemberKind::Directory {
             // One directory may be named again and again, which makes neither a file nor a name.
             if self.directories.len() as u64 >= self.budget.max_entries {
-                return Err(BuildError::over("directories", self.budget.max_entries));
+                return Err(BuildError::over(counted::DIRECTORIES, self.budget.max_entries));
             }
             let name = clean(&member.name);
             let text = self.store_text(&name)?;
@@ -214,7 +249,31 @@ impl<'b> Tree<'b> {
                 Slot::Absent => return Err(BuildError::member(&name, "directory was removed by a later member")),
             }
         }
-        Ok(())
+        self.check_groups()
+    }
+
+    /// Notes that a directory which is there gets another description, with this mode.
+    fn describe_again(&mut self, node: NodeIx, mode: u16) {
+        let node = &mut self.nodes[node as usize];
+        if node.flags & FLAG_IMPLIED != 0 {
+            node.flags = node.flags & !FLAG_IMPLIED | FLAG_LATE;
+        } else if (node.mode | mode) & SET_GROUP_ID != 0 {
+            node.flags |= FLAG_GROUP_CHANGED;
+        }
+    }
+
+    /// What is made in a set-group-ID directory has its group. Of a directory that nobody describes, and that was made while its
+    /// parent had not yet the attributes it ends with, the group cannot be told.
+    fn check_groups(&self) -> Result<(), BuildError> {
+        let changed = |entry: &&Entry| self.nodes[entry.parent as usize].flags & (FLAG_LATE | FLAG_GROUP_CHANGED) != 0;
+        let implied = |entry: &Entry| match entry.slot {
+            Slot::Node(node) => self.nodes[node as usize].flags & FLAG_IMPLIED != 0,
+            Slot::Absent | Slot::Whiteout => false,
+        };
+        match self.entries.iter().filter(changed).find(|entry| implied(entry)) {
+            Some(entry) => Err(Ineligible::Group { name: text(self.name(entry)) }.into()),
+            None => Ok(()),
+        }
     }
 
     fn new_node(&mut self, member: &Member, content: Option<ContentIx>) -> Result<Option<NodeIx>, BuildError> {
@@ -224,6 +283,9 @@ impl<'b> Tree<'b> {
             MemberKind::Symlink => {
                 if member.link.is_empty() || member.link.len() >= MAX_PATH || member.link.contains(&0) {
                     return Err(BuildError::member(&member.name, "symbolic link with an impossible target"));
+                }
+                if member.link.len() > MAX_LINK_TEXT {
+                    return Err(BuildError::over("bytes of a symbolic link's text", MAX_LINK_TEXT as u64));
                 }
                 (Kind::Symlink, self.store_text(&member.link)?, len_u32(&member.link))
             }
@@ -236,8 +298,8 @@ impl<'b> Tree<'b> {
                 }
             }
             MemberKind::Fifo => (Kind::Fifo, 0, 0),
-            MemberKind::HardLink | MemberKind::GlobalHeader => {
-                return Err(BuildError::member(&member.name, "unexpected kind of member"));
+            MemberKind::HardLink | MemberKind::GlobalHeader | MemberKind::Unknown => {
+                return Err(BuildError::member(&member.name, "type of member that containerd does not apply"));
             }
         };
         let mode = if kind == Kind::Symlink { SYMLINK_MODE } else { 0 };
@@ -246,7 +308,7 @@ impl<'b> Tree<'b> {
 
     fn add_node(&mut self, node: Node) -> Result<NodeIx, BuildError> {
         if self.nodes.len() as u64 >= self.budget.max_entries {
-            return Err(BuildError::over("files", self.budget.max_entries));
+            return Err(BuildError::over(counted::FILES, self.budget.max_entries));
         }
         let ix = u32::try_from(self.nodes.len()).map_err(|_| BuildError::over("files", u32::MAX.into()))?;
         self.nodes.push(node);
@@ -262,7 +324,6 @@ impl<'b> Tree<'b> {
         let node = self.nodes[ix as usize];
         let xattrs = self.merged_xattrs(&node, member)?;
         let node = &mut self.nodes[ix as usize];
-        node.flags &= !FLAG_IMPLIED;
         node.uid = member.uid;
         node.gid = member.gid;
         node.xattrs = xattrs;
@@ -293,6 +354,9 @@ impl<'b> Tree<'b> {
                 Err(at) => merged.insert(at, (name.clone(), value.clone())),
             }
         }
+        if merged.iter().map(|(name, value)| name.len() + value.len() + 16).sum::<usize>() > MAX_XATTR_BYTES {
+            return Err(Ineligible::Xattr { path: text(&member.name) }.into());
+        }
         self.intern(merged)
     }
 
@@ -307,7 +371,7 @@ impl<'b> Tree<'b> {
             u32::try_from(self.xattrs.len()).map_err(|_| BuildError::over("sets of attributes", u32::MAX.into()))?;
         self.xattr_bytes += set.iter().map(|(name, value)| (name.len() + value.len() + 16) as u64).sum::<u64>();
         if self.xattr_bytes > self.budget.max_toc_bytes {
-            return Err(BuildError::over("bytes of TOC", self.budget.max_toc_bytes));
+            return Err(BuildError::over(counted::TOC_BYTES, self.budget.max_toc_bytes));
         }
         let set = Rc::new(set);
         self.xattrs.push(Rc::clone(&set));
@@ -315,7 +379,7 @@ impl<'b> Tree<'b> {
         Ok(ix)
     }
 
-    fn link_target(&mut self, member: &Member) -> Result<Slot, BuildError> {
+    fn link_target(&mut self, member: &Member) -> Result<NodeIx, BuildError> {
         let (directory, base) = split(&member.link);
         let slot = if base == b".." {
             Slot::Node(ROOT)
@@ -332,36 +396,38 @@ impl<'b> Tree<'b> {
             Slot::Absent => {
                 Err(Ineligible::HardLinkBelow { path: text(&member.name), target: text(&member.link) }.into())
             }
+            Slot::Whiteout => Err(BuildError::position_matters(&member.name, "hard link to a whiteout")),
             Slot::Node(node) if self.is_directory(node) => {
                 Err(BuildError::member(&member.name, "hard link to a directory"))
             }
-            slot => Ok(slot),
+            Slot::Node(node) => Ok(node),
         }
     }
 
     /// The directory that the parent part of a cleaned name leads to; what is missing of it is made.
-    fn parent(&mut self, directory: &[u8], name: &[u8]) -> Result<NodeIx, BuildError> {
-        if let Some((path, node)) = &self.last_parent
+    fn parent(&mut self, directory: &[u8], name: &[u8]) -> Result<Parent, BuildError> {
+        if let Some((path, parent)) = &self.last_parent
             && path == directory
         {
-            return Ok(*node);
+            return Ok(*parent);
         }
-        let node = match self.make_directories(directory, name)? {
-            Some(node) => node,
+        let parent = match self.make_directories(directory, name)? {
+            Some(node) => Parent { node, length: directory.len() },
             None => {
                 let resolved = self.resolve(directory)?;
-                self.make_directories(&resolved, name)?.ok_or_else(|| {
+                let node = self.make_directories(&resolved, name)?.ok_or_else(|| {
                     BuildError::member(name, "symbolic links of its parents change while they are followed")
-                })?
+                })?;
+                Parent { node, length: resolved.len() }
             }
         };
-        self.last_parent = Some((directory.to_vec(), node));
-        Ok(node)
+        self.last_parent = Some((directory.to_vec(), parent));
+        Ok(parent)
     }
 
     /// Walks down and makes what is missing. `None` at a symbolic link; nothing was made then.
     fn make_directories(&mut self, path: &[u8], name: &[u8]) -> Result<Option<NodeIx>, BuildError> {
-        let mut node = ROOT;
+        let (mut node, mut implied) = (ROOT, false);
         let mut depth = 0;
         for component in components(path).filter(|component| *component != b"..") {
             check_name(component, name)?;
@@ -372,15 +438,30 @@ impl<'b> Tree<'b> {
             node = match self.lookup(node, component) {
                 Slot::Node(next) if self.is_directory(next) => next,
                 Slot::Node(next) if self.nodes[next as usize].kind == Kind::Symlink => return Ok(None),
-                Slot::Node(_) | Slot::Whiteout => return Err(BuildError::member(name, "a parent is not a directory")),
+                Slot::Node(_) => return Err(BuildError::member(name, "a parent is not a directory")),
+                Slot::Whiteout => return Err(BuildError::position_matters(name, "a parent is a whiteout")),
                 Slot::Absent => {
                     let next = self.add_node(implied_directory())?;
                     self.set(node, component, Slot::Node(next))?;
+                    implied = true;
                     next
                 }
             };
         }
+        if implied {
+            self.note_implied(path);
+        }
         Ok(Some(node))
+    }
+
+    /// Marks all directories above the one at `path`, to which the way leads through directories only.
+    fn note_implied(&mut self, path: &[u8]) {
+        let mut node = ROOT;
+        for component in components(path).filter(|component| *component != b"..") {
+            self.nodes[node as usize].flags |= FLAG_IMPLIED_BELOW;
+            let Slot::Node(next) = self.lookup(node, component) else { return };
+            node = next;
+        }
     }
 
     /// The directory at a cleaned name, if the way leads through directories only.
@@ -410,9 +491,9 @@ impl<'b> Tree<'b> {
     fn store_text(&mut self, text: &[u8]) -> Result<u32, BuildError> {
         let limit = self.budget.max_toc_bytes.min(u32::MAX.into());
         if (self.texts.len() + text.len()) as u64 > limit {
-            return Err(BuildError::over("bytes of names", limit));
+            return Err(BuildError::over(counted::NAME_BYTES, limit));
         }
-        let offset = u32::try_from(self.texts.len()).map_err(|_| BuildError::over("bytes of names", limit))?;
+        let offset = u32::try_from(self.texts.len()).map_err(|_| BuildError::over(counted::NAME_BYTES, limit))?;
         self.texts.extend_from_slice(text);
         Ok(offset)
     }
@@ -440,7 +521,7 @@ impl<'b> Tree<'b> {
             return Ok(());
         }
         if self.entries.len() as u64 >= self.budget.max_entries {
-            return Err(BuildError::over("names", self.budget.max_entries));
+            return Err(BuildError::over(counted::NAMES, self.budget.max_entries));
         }
         let at = u32::try_from(self.entries.len()).map_err(|_| BuildError::over("names", u32::MAX.into()))?;
         let name_len = u8::try_from(name.len()).map_err(|_| BuildError::member(name, "name is too long"))?;
@@ -483,6 +564,15 @@ const fn bound_time(time: (i64, u32)) -> (i64, u32) {
 /// Whether the attribute would be set. What the kernel has no handler for, and `trusted.*`, containerd leaves out.
 fn takes_xattr(kind: Kind, name: &[u8], value: &[u8], path: &[u8]) -> Result<bool, BuildError> {
     const MAX_VALUE: usize = 64 * 1024;
+    // containerd looks at this by itself, before anything else does.
+    if name.starts_with(b"trusted.") {
+        return Ok(false);
+    }
+    let odd = || Err(Ineligible::Xattr { path: text(path) }.into());
+    // The kernel looks at lengths before it looks for a handler.
+    if name.is_empty() || name.len() > MAX_NAME || name.contains(&0) || value.len() > MAX_VALUE {
+        return odd();
+    }
     let file_or_directory = matches!(kind, Kind::Regular | Kind::Directory);
     let namespace = name.iter().position(|byte| *byte == b'.').map_or(name, |dot| &name[..=dot]);
     match namespace {
@@ -493,10 +583,26 @@ fn takes_xattr(kind: Kind, name: &[u8], value: &[u8], path: &[u8]) -> Result<boo
         }
         _ => return Ok(false),
     }
-    if name.len() > MAX_NAME || name.len() == namespace.len() || name.contains(&0) || value.len() > MAX_VALUE {
-        return Err(Ineligible::Xattr { path: text(path) }.into());
+    if name.len() == namespace.len() || is_judged_by_the_kernel(name, value) {
+        return odd();
     }
     Ok(true)
+}
+
+/// Whether a kernel may refuse the attribute for its value: capabilities of a form that is none, and what the integrity
+/// subsystems, where there are any, want to have made themselves.
+fn is_judged_by_the_kernel(name: &[u8], value: &[u8]) -> bool {
+    const REVISION_2: (u32, usize) = (0x0200_0000, 20);
+    const REVISION_3: (u32, usize) = (0x0300_0000, 24);
+    const EFFECTIVE: u32 = 1;
+    match name {
+        b"security.capability" => {
+            let revision = value.first_chunk().map(|word| u32::from_le_bytes(*word) & !EFFECTIVE);
+            ![REVISION_2, REVISION_3].contains(&(revision.unwrap_or_default(), value.len()))
+        }
+        b"security.ima" | b"security.evm" => true,
+        _ => false,
+    }
 }
 
 fn len_u32(text: &[u8]) -> u32 {

@@ -4,10 +4,16 @@ use zerocopy::IntoBytes;
 
 use super::Compression;
 use super::content::Contents;
-use super::error::BuildError;
+use super::error::{BuildError, counted};
 use super::stream::Ended;
 use super::tree::{Node, NodeIx, ROOT, Slot, Tree};
-use crate::format::{DirentRecord, Header, InodeRecord, Kind, MAGIC, NONE, VERSION, XattrRecord, XattrSetRecord};
+use crate::format::{
+    DirentRecord, FLAG_IMPLIED, FLAG_LATE, FLAG_OPAQUE, Header, InodeRecord, Kind, MAGIC, NONE, VERSION, XattrRecord,
+    XattrSetRecord,
+};
+
+/// Flags that a TOC has; the tree has more for itself.
+const FLAGS: u8 = FLAG_IMPLIED | FLAG_OPAQUE | FLAG_LATE;
 
 /// The parts that are laid out here; contents, chunks, extents and spans are ready as they are.
 #[derive(Default)]
@@ -84,7 +90,7 @@ pub(super) fn write(
     ];
     let limit = tree.budget.max_toc_bytes;
     if parts.iter().map(|part| part.len() as u64).sum::<u64>() > limit {
-        return Err(BuildError::over("bytes of TOC", limit));
+        return Err(BuildError::over(counted::TOC_BYTES, limit));
     }
     Ok(parts.concat())
 }
@@ -163,7 +169,7 @@ fn inodes(tree: &Tree<'_>, numbering: &Numbering, tables: &mut Tables) -> Result
         let xattrs = xattr_set(tree, node, &mut sets, tables)?;
         tables.inodes.push(InodeRecord {
             kind: node.kind as u8,
-            flags: node.flags,
+            flags: node.flags & FLAGS,
             mode: node.mode.into(),
             uid: node.uid.into(),
             gid: node.gid.into(),

@@ -122,7 +122,8 @@ fn inode(toc: &Toc, ix: InodeIx) -> Result<(), FormatError> {
     let record = &inode.record;
     let (a, b) = (record.a.get(), record.b.get());
     rule(inode.uid() != NONE && inode.gid() != NONE, "owner or group is the reserved id")?;
-    rule(record.flags == 0 || inode.is_dir() && record.flags & !0b11 == 0, "unknown flag")?;
+    rule(record.flags == 0 || inode.is_dir() && record.flags & !0b111 == 0, "unknown flag")?;
+    rule(!(inode.is_implied() && inode.is_late()), "implied directory that is described")?;
     rule(!inode.has_xattrs() || record.xattrs.get() < toc.count(Table::XattrSets), "set of attributes out of range")?;
     match inode.kind() {
         Kind::Directory => toc.children(&inode).map(drop),

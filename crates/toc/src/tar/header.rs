@@ -82,7 +82,7 @@ impl Header {
             b'4' => MemberKind::BlockDevice,
             b'5' => MemberKind::Directory,
             b'6' => MemberKind::Fifo,
-            _ => return Err(Fault::Invalid("type of member that containerd does not apply")),
+            _ => MemberKind::Unknown,
         };
         if self.name.len() > limits.max_name || self.link.len() > limits.max_name {
             return Err(Fault::Limit("name is too long"));

@@ -8,6 +8,9 @@ use flate2::Compression;
 use flate2::write::GzEncoder;
 use millstream_toc::{BuildError, BuildOptions, Toc, build};
 
+/// A value of `security.capability` that the kernel takes.
+pub const CAPABILITY: &[u8] = b"\x01\0\0\x02\0\x20\0\0\0\0\0\0\0\0\0\0\0\0\0\0";
+
 /// One member that a test describes.
 #[derive(Debug, Clone)]
 pub struct Entry {

@@ -49,10 +49,14 @@ pub fn rows(canary: &Canary<'_>) -> Vec<Row> {
         ),
         row(
             "hard link to a whiteout",
-            Lazy,
+            Declined("hard link to a whiteout"),
             &[file(".wh.a", b""), hard("g", "a"), hard("b", "a").xattr("user.x", b"1")],
         ),
-        row("hard link to a device that is a whiteout", Lazy, &[device(b'3', "a", 0, 0), hard("b", "a")]),
+        row(
+            "hard link to a device that is a whiteout",
+            Declined("hard link to a whiteout"),
+            &[device(b'3', "a", 0, 0), hard("b", "a")],
+        ),
         row(
             "the last of several hard links decides",
             Lazy,

@@ -1,11 +1,12 @@
 //! Whiteouts, opaque marks, and what poses as one.
 
-use super::Expect::{Lazy, Refused};
+use super::Expect::{Declined, Lazy, Refused};
 use super::Row;
 use super::make::{device, dir, file, hard, member, row, symlink};
 
 pub fn rows() -> Vec<Row> {
-    let taken = Refused("whiteout of a name that the layer has");
+    let taken = Declined("whiteout of a name that the layer has");
+    let in_whiteout = Declined("a parent is a whiteout");
     let nameless = Refused("whiteout of no name");
     vec![
         row(
@@ -45,8 +46,8 @@ pub fn rows() -> Vec<Row> {
         row("the name, then a whiteout", taken, &[file("a", b"new"), file(".wh.a", b"")]),
         row("whiteout twice", taken, &[file(".wh.a", b""), file(".wh.a", b"")]),
         row("whiteout of a parent that the layer has", taken, &[file("d/n", b"1"), file(".wh.d", b"")]),
-        row("whiteout of a parent first", Refused("not a directory"), &[file(".wh.d", b""), file("d/n", b"1")]),
-        row("whiteout in a whiteout", Refused("not a directory"), &[file(".wh.d", b""), file("d/.wh.f", b"")]),
+        row("whiteout of a parent first", in_whiteout, &[file(".wh.d", b""), file("d/n", b"1")]),
+        row("whiteout in a whiteout", in_whiteout, &[file(".wh.d", b""), file("d/.wh.f", b"")]),
         row("whiteout in what is not there", Lazy, &[file("q/r/.wh.n", b"")]),
         row("whiteout of 255 bytes", Lazy, &[file(format!(".wh.{}", "n".repeat(255)), b"")]),
         row("whiteout of 256 bytes", Refused("name"), &[file(format!(".wh.{}", "n".repeat(256)), b"")]),
@@ -82,7 +83,7 @@ pub fn rows() -> Vec<Row> {
             &[device(b'3', "a", 0, 0), file("a", b"new"), device(b'3', "full", 0, 0), dir("full")],
         ),
         row("whiteout of a device 0:0", taken, &[device(b'3', "a", 0, 0), file(".wh.a", b"")]),
-        row("file in a device 0:0", Refused("not a directory"), &[device(b'3', "d", 0, 0), file("d/n", b"1")]),
+        row("file in a device 0:0", in_whiteout, &[device(b'3', "d", 0, 0), file("d/n", b"1")]),
         row("block device 0:0 is none", Lazy, &[device(b'4', "a", 0, 0)]),
         row(
             "device 0:0 with attributes",
@@ -91,6 +92,21 @@ pub fn rows() -> Vec<Row> {
         ),
         row("implied directory under set-group-ID", Lazy, &[dir("q").mode(0o2775).owner(0, 50), file("q/r/s/n", b"1")]),
         row("implied directory under set-group-ID below", Lazy, &[file("set/r/s/n", b"1"), file("d/sub/r/n", b"1")]),
+        row(
+            "implied directory, then another group",
+            Declined("has no description"),
+            &[dir("q").mode(0o2775).owner(0, 50), file("q/r/n", b"1"), dir("q").mode(0o2775).owner(0, 60)],
+        ),
+        row(
+            "implied directory, then its parent",
+            Declined("has no description"),
+            &[file("set/r/n", b"1"), dir("set").mode(0o755)],
+        ),
+        row(
+            "opaque over implied directories",
+            Declined("opaque mark over directories"),
+            &[file("q/r/n", b"1"), file("q/.wh..wh..opq", b"")],
+        ),
         row("described after what is in it", Lazy, &[file("d/n", b"1"), dir("d").mode(0o700).xattr("user.new", b"2")]),
     ]
 }
