@@ -172,11 +172,7 @@ struct NewLayer {
     skeleton: Option<File>,
 }
 
-fn build_layer(
-    mut reader: ChannelReader,
-    options: &BuildOptions,
-    mut sink: LayerSink,
-) -> Result<NewLayer, BuildError> {
+fn build_layer(mut reader: ChannelReader, options: &BuildOptions, mut sink: LayerSink) -> Result<NewLayer, BuildError> {
     let Built { toc, .. } = build(&mut reader, options, &mut sink)?;
     let packed = pack(&toc);
     let toc = Toc::open(toc).map_err(|error| BuildError::Sink(io::Error::other(error)))?;

@@ -14,7 +14,7 @@ use millstream_wire::millstream::v1::layer_status::State;
 use crate::containerd::{Containerd, ContainerdOptions, Snapshotter, Version};
 use crate::cri::Cri;
 use crate::daemons::{NODE, Node, NodeOptions, SERVER, Server, ServerOptions};
-use crate::image::{Image, ImageInfo, pause, write_index};
+use crate::image::{Image, ImageInfo, pause};
 use crate::need::{self, CONTAINERS, Need, product};
 use crate::process::eventually;
 use crate::registry::{Login, Registry, RegistryOptions, Request, free_address};
@@ -174,12 +174,12 @@ impl Stage {
     ///
     /// # Errors
     ///
-    /// If one cannot be written, or they cannot be pushed.
+    /// If one cannot be written.
     pub fn push_many(&self, name: &str, images: &[Image]) -> Result<Vec<Pushed>> {
         let layout = self.work.dir(&format!("layout-{name}"))?;
         let infos: Vec<ImageInfo> = images.iter().map(|image| image.write(&layout, "latest")).collect::<Result<_>>()?;
-        write_index(&layout, "all", &infos)?;
-        self.registry()?.push_all(&layout, "all", &format!("{name}:all"))?;
+        let manifests: Vec<&str> = infos.iter().map(|info| info.manifest.as_str()).collect();
+        self.registry()?.place(&layout, name, &manifests)?;
         let host = self.host()?;
         let pushed =
             infos.into_iter().map(|info| Pushed { reference: format!("{host}/{name}@{}", info.manifest), info });
