@@ -299,6 +299,11 @@ fn write_blob(blobs: &Path, entries: &[Entry], packing: Packing) -> Result<Layer
     Ok(info)
 }
 
+/// `sha256:` and the digest of these bytes.
+pub fn sha256(bytes: &[u8]) -> String {
+    format!("sha256:{}", hex::encode(Sha256::digest(bytes)))
+}
+
 fn write_bytes(blobs: &Path, blob: &Blob) -> Result<LayerInfo> {
     let digest = hex::encode(Sha256::digest(&blob.bytes));
     std::fs::write(blobs.join(&digest), &blob.bytes)?;

@@ -15,11 +15,11 @@ use image::{Layer, Tar, noise, push, push_index};
 use millstream_oci::Digest;
 use millstream_registry::RegistryOptions;
 use millstream_server::{ImagesService, LimitOptions, ListenOptions, Listener, ServiceOptions, Store, TlsFiles};
-use millstream_toc::build::{BuildOptions, Compression, build};
+use millstream_toc::build::{BuildOptions, BuildSink, Compression, build};
 use millstream_toc::{Toc, pack};
 use millstream_wire::millstream::v1::{
-    self, Basic, Credential, GetImageRequest, GetWindowsRequest, ImportRequest, ReadDataRequest, ReadFileRequest,
-    Scope, credential::Kind, get_image_response::Part, images_client::ImagesClient,
+    self, Basic, Credential, GetImageRequest, GetSkeletonRequest, GetWindowsRequest, ImportRequest, ReadDataRequest,
+    ReadFileRequest, Scope, credential::Kind, get_image_response::Part, images_client::ImagesClient,
 };
 use registry::{Gate, Registry};
 use tokio::sync::oneshot;
@@ -165,6 +165,7 @@ async fn imported_images_read_back() {
     assert!(tocs.keys().eq([&layers[1].digest().to_string()]), "known layers are not sent");
 
     windows_verify(&server, &scope, &layers[0]).await;
+    skeletons_are_whole(&server, &scope, &layers).await;
     files_read_back(&server, &scope, &layers).await;
 
     drop(server);
@@ -194,6 +195,32 @@ async fn windows_verify(server: &Server, scope: &Scope, layer: &Layer) {
     for (first, end) in [(0, 0), (1, 0), (0, toc.span_count() + 1), (0, u32::MAX)] {
         assert_eq!(code(server.client.clone().get_windows(request(first, end)).await), Code::InvalidArgument);
     }
+}
+
+/// The bytes of a tar that are no content, as a build of one's own sees them.
+#[derive(Default)]
+struct Skeleton(Vec<u8>);
+
+impl BuildSink for Skeleton {
+    fn skeleton(&mut self, bytes: &[u8]) -> std::io::Result<()> {
+        self.0.extend_from_slice(bytes);
+        Ok(())
+    }
+}
+
+async fn skeletons_are_whole(server: &Server, scope: &Scope, layers: &[Layer]) {
+    let request = |layer: Digest| GetSkeletonRequest { scope: Some(scope.clone()), layer: layer.to_string() };
+    for layer in layers {
+        let parts = server.client.clone().get_skeleton(request(layer.digest())).await.unwrap().into_inner();
+        let parts = collect(parts).await.unwrap();
+        let packed: Vec<u8> = parts.iter().flat_map(|part| part.packed.clone()).collect();
+        assert!(parts[0].packed.is_empty() && parts[0].size == packed.len() as u64);
+        let mut expected = Skeleton::default();
+        build(&layer.blob[..], &BuildOptions::new(Compression::Gzip), &mut expected).unwrap();
+        assert!(zstd::stream::decode_all(&packed[..]).unwrap() == expected.0);
+        assert!(packed.len() < layer.blob.len() / 20);
+    }
+    assert_eq!(code(server.client.clone().get_skeleton(request(Digest::of(b"x"))).await), Code::NotFound);
 }
 
 async fn files_read_back(server: &Server, scope: &Scope, layers: &[Layer]) {
