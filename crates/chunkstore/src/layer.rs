@@ -199,14 +199,25 @@ impl Layer {
     /// [`StoreError::NoSpace`] when the disk is full, [`StoreError::OutOfRange`] when it is not a chunk of this layer or
     /// the bytes do not fill it, [`StoreError::Quarantined`].
     pub fn write(&self, chunk: Chunk, bytes: &[u8]) -> Result<(), StoreError> {
+        self.check_fits(chunk, bytes)?;
+        if self.presence.has(chunk.ix) { Ok(()) } else { self.rewrite(chunk, bytes) }
+    }
+
+    /// As [`Layer::write`], but writes a chunk that is present as well.
+    ///
+    /// # Errors
+    /// As [`Layer::write`].
+    pub fn rewrite(&self, chunk: Chunk, bytes: &[u8]) -> Result<(), StoreError> {
+        self.check_fits(chunk, bytes)?;
+        self.put(chunk.ix..chunk.ix + 1, |data| data.write_all_at(bytes, chunk.data.start)).map(drop)
+    }
+
+    fn check_fits(&self, chunk: Chunk, bytes: &[u8]) -> Result<(), StoreError> {
         self.check_trusted()?;
         if self.toc.chunk(chunk.ix)?.data != chunk.data || chunk.data.len() != bytes.len() as u64 {
             return Err(StoreError::OutOfRange { range: chunk.data });
         }
-        if self.presence.has(chunk.ix) {
-            return Ok(());
-        }
-        self.put(chunk.ix..chunk.ix + 1, |data| data.write_all_at(bytes, chunk.data.start)).map(drop)
+        Ok(())
     }
 
     /// Has `write` bring the bytes of `chunks` to their places in the data file and then counts them as present; gives the
@@ -443,11 +454,11 @@ fn load_presence(dir: &Path, toc: &Toc, record: &LayerRecord, data_kept: bool) -
         Ok(_) if !data_kept => {}
         Ok(bytes) => match presence::decode(&bytes, toc.chunk_count(), &record.toc) {
             Some(words) => return Presence::from_words(words),
-            None => tracing::warn!(path = %path.display(), "presence file is damaged; the layer starts empty"),
+            None => tracing::warn!(file = %path.display(), "presence file is damaged; the layer starts empty"),
         },
         Err(error) if error.kind() == std::io::ErrorKind::NotFound => {}
         Err(error) => {
-            tracing::warn!(path = %path.display(), %error, "presence file cannot be read; the layer starts empty")
+            tracing::warn!(file = %path.display(), %error, "presence file cannot be read; the layer starts empty")
         }
     }
     Presence::empty(toc.chunk_count())

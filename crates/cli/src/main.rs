@@ -1,170 +1,72 @@
 //! `millstream`, the command line of Millstream.
 
+mod arguments;
+mod ask;
 mod connect;
+mod doctor;
+mod exit;
+mod generate;
+mod import;
+mod prefetch;
+mod pull;
+mod settings;
 mod show;
 
-use std::io::{Read, Write};
-use std::path::PathBuf;
+use std::io::Write;
 use std::process::ExitCode;
 
-use anyhow::{Context, bail};
-use clap::{Args, Parser, Subcommand, ValueEnum};
-use indicatif::{ProgressBar, ProgressStyle};
-use millstream_wire::millstream::v1 as wire;
+use clap::Parser;
 
-/// Containers start before their image has arrived: ask this node, import images on the server.
-#[derive(Debug, Parser)]
-#[command(name = "millstream", version, arg_required_else_help = true)]
-struct Arguments {
-    #[command(subcommand)]
-    command: Command,
-    /// Socket of millstreamd on this node.
-    #[arg(
-        long,
-        global = true,
-        default_value = "/run/millstream/millstream.sock",
-        env = "MILLSTREAM_SOCKET",
-        value_name = "PATH"
-    )]
-    socket: PathBuf,
-    /// How results are printed.
-    #[arg(long, global = true, default_value = "text", value_name = "FORMAT")]
-    output: Output,
+use crate::arguments::{Arguments, Command};
+use crate::exit::Exit;
+
+/// What a command prints to standard output, and how it ended.
+pub(crate) struct Outcome {
+    pub(crate) text: String,
+    pub(crate) exit: Exit,
 }
 
-#[derive(Debug, Clone, Copy, PartialEq, Eq, ValueEnum)]
-enum Output {
-    /// For people.
-    Text,
-    /// For scripts: one JSON document.
-    Json,
-}
-
-#[derive(Debug, Subcommand)]
-enum Command {
-    /// Layers on this node, how much of each is local, and what was transferred.
-    Status,
-    /// Why an image streams on this node, or why not.
-    Explain {
-        /// Reference as given to the client, or a manifest digest.
-        image: String,
-    },
-    /// Import an image on the server, so that nodes can stream it.
-    Import {
-        /// Reference with a tag or a digest.
-        image: String,
-        #[command(flatten)]
-        server: ServerArguments,
-    },
-    /// Switch streaming of new images on this node; running containers stay as they are.
-    Streaming {
-        /// The new state.
-        state: Switch,
-    },
-    /// Hold background downloads of this node back, or let them go on; until millstreamd starts again.
-    Hydration {
-        /// The new state.
-        state: Switch,
-    },
-}
-
-#[derive(Debug, Clone, Copy, PartialEq, Eq, ValueEnum)]
-enum Switch {
-    On,
-    Off,
-}
-
-#[derive(Debug, Args)]
-struct ServerArguments {
-    /// `https://HOST:PORT` of millstream-server; `http://` only for a loopback address.
-    #[arg(long, env = "MILLSTREAM_SERVER", value_name = "URL")]
-    server: String,
-    /// PEM file with the certificates that may have signed the server's.
-    #[arg(long, env = "MILLSTREAM_CA", value_name = "FILE")]
-    ca: Option<PathBuf>,
-    /// PEM file with a certificate for servers that ask for one.
-    #[arg(long, requires = "key", value_name = "FILE")]
-    cert: Option<PathBuf>,
-    /// PEM file with its key.
-    #[arg(long, requires = "cert", value_name = "FILE")]
-    key: Option<PathBuf>,
-    /// User name at the registry.
-    #[arg(long, requires = "password_stdin", value_name = "NAME")]
-    username: Option<String>,
-    /// Read the password for the registry from standard input.
-    #[arg(long, requires = "username")]
-    password_stdin: bool,
+impl From<String> for Outcome {
+    fn from(text: String) -> Self {
+        Self { text, exit: Exit::Ok }
+    }
 }
 
 fn main() -> ExitCode {
-    let arguments = Arguments::parse();
-    match run(arguments) {
-        Ok(()) => ExitCode::SUCCESS,
+    match run(Arguments::parse()) {
+        Ok(outcome) => {
+            // A closed pipe (`millstream status | head`) is no error worth a message.
+            let _ = std::io::stdout().write_all(outcome.text.as_bytes());
+            outcome.exit.into()
+        }
         Err(error) => {
             eprintln!("millstream: {error:#}");
-            ExitCode::FAILURE
+            exit::of(&error).into()
         }
     }
 }
 
 #[tokio::main(flavor = "current_thread")]
-async fn run(arguments: Arguments) -> anyhow::Result<()> {
+async fn run(arguments: Arguments) -> anyhow::Result<Outcome> {
     // A second installation fails, which means that there is one.
     let _ = rustls::crypto::ring::default_provider().install_default();
-    let text = match arguments.command {
-        Command::Import { image, server } => import(&image, &server, arguments.output).await?,
-        Command::Status => {
-            let status = connect::node(&arguments.socket).await?.status(wire::StatusRequest {}).await;
-            show::status(&status.map_err(connect::refused)?.into_inner(), arguments.output)?
+    let Arguments { command, socket, output } = arguments;
+    let node = connect::Node::at(socket.as_deref());
+    let text = match command {
+        Command::Status => ask::status(&node, output).await?,
+        Command::Explain { image } => ask::explain(&node, image, output).await?,
+        Command::Prefetch { image, wait, timeout } => {
+            prefetch::run(&node, image, wait || timeout.is_some(), timeout, output).await?
         }
-        Command::Explain { image } => {
-            let request = wire::ExplainRequest { image: image.clone() };
-            let answer = connect::node(&arguments.socket).await?.explain(request).await;
-            show::decisions(&image, &answer.map_err(connect::refused)?.into_inner().decisions, arguments.output)?
-        }
-        Command::Streaming { state } => {
-            let request = wire::SetStreamingRequest { enabled: state == Switch::On };
-            connect::node(&arguments.socket).await?.set_streaming(request).await.map_err(connect::refused)?;
-            String::new()
-        }
-        Command::Hydration { state } => {
-            let request = wire::SetHydrationRequest { enabled: state == Switch::On };
-            connect::node(&arguments.socket).await?.set_hydration(request).await.map_err(connect::refused)?;
-            String::new()
-        }
+        Command::Pull(wanted) => pull::run(&wanted, &node, output).await?,
+        Command::Gc { dry_run } => ask::gc(&node, dry_run, output).await?,
+        Command::Doctor(arguments) => return doctor::run(&arguments, socket.as_deref(), output).await,
+        Command::Import { image, server } => import::run(&image, &server, output).await?,
+        Command::Streaming { state } => ask::streaming(&node, state, output).await?,
+        Command::Hydration { state } => ask::hydration(&node, state, output).await?,
+        Command::Config(command) => settings::run(&command, output)?,
+        Command::Completions { shell, program } => generate::completions(shell, program, output)?,
+        Command::Man { dir } => generate::manual(dir.as_deref(), output)?,
     };
-    // A closed pipe (`millstream status | head`) is no error worth a message.
-    let _ = std::io::stdout().write_all(text.as_bytes());
-    Ok(())
-}
-
-async fn import(image: &str, arguments: &ServerArguments, output: Output) -> anyhow::Result<String> {
-    let credential = arguments.username.as_ref().map(|username| {
-        let mut password = String::new();
-        std::io::stdin().read_to_string(&mut password).context("reading the password from standard input")?;
-        let basic =
-            wire::Basic { username: username.clone(), password: password.trim_end_matches(['\r', '\n']).to_owned() };
-        anyhow::Ok(wire::Credential { kind: Some(wire::credential::Kind::Basic(basic)) })
-    });
-    let request = wire::ImportRequest { image: image.to_owned(), credential: credential.transpose()?, platform: None };
-    let identity = arguments.cert.as_deref().zip(arguments.key.as_deref());
-    let mut client = connect::server(&arguments.server, arguments.ca.as_deref(), identity).await?;
-    let mut stream = client.import(request).await.map_err(connect::refused)?.into_inner();
-    // Hidden by itself where standard error is no terminal.
-    let bar =
-        ProgressBar::new(0).with_style(ProgressStyle::with_template("{bytes}/{total_bytes} {bar:40} layers {msg}")?);
-    while let Some(progress) = stream.message().await.map_err(connect::refused)? {
-        bar.set_length(progress.bytes_total);
-        bar.set_position(progress.bytes_done);
-        bar.set_message(format!("{}/{}", progress.layers_done, progress.layers_total));
-        if let Some(done) = progress.done {
-            bar.finish_and_clear();
-            return show::imported(image, &progress_total(progress.bytes_total), &done, output);
-        }
-    }
-    bail!("the server ended the import of {image} without a result; hint: look into its log")
-}
-
-fn progress_total(bytes: u64) -> String {
-    indicatif::HumanBytes(bytes).to_string()
+    Ok(text.into())
 }

@@ -6,9 +6,10 @@ use indicatif::HumanBytes;
 use millstream_wire::millstream::v1 as wire;
 use serde_json::{Value, json};
 
-use crate::Output;
+use crate::arguments::Output;
 
-fn document(value: &Value) -> anyhow::Result<String> {
+/// A JSON document for scripts.
+pub(crate) fn document(value: &Value) -> anyhow::Result<String> {
     Ok(serde_json::to_string_pretty(value)? + "\n")
 }
 
@@ -168,6 +169,56 @@ pub(crate) fn imported(image: &str, size: &str, done: &wire::ImportDone, output:
     Ok(text)
 }
 
+/// Result of `millstream prefetch`.
+pub(crate) fn prefetched(image: &str, done: &wire::PrefetchProgress, output: Output) -> anyhow::Result<String> {
+    let local = done.layers_verified == done.layers_total;
+    if output == Output::Json {
+        return document(&json!({
+            "image": image,
+            "local": local,
+            "layers_total": done.layers_total,
+            "layers_verified": done.layers_verified,
+            "bytes_total": done.bytes_total,
+            "bytes_present": done.bytes_present,
+            "last_error": done.last_error,
+        }));
+    }
+    let total = HumanBytes(done.bytes_total);
+    if local {
+        return Ok(format!("{image} is wholly local and proven: {total} in {} layers\n", done.layers_total));
+    }
+    let present = HumanBytes(done.bytes_present);
+    Ok(format!("{image} is being fetched: {present} of {total} are here; `millstream status` shows how far it is\n"))
+}
+
+/// Result of `millstream gc`.
+pub(crate) fn garbage(layers: &[wire::GarbageLayer], dry_run: bool, output: Output) -> anyhow::Result<String> {
+    let bytes = layers.iter().map(|layer| layer.bytes).sum();
+    if output == Output::Json {
+        let layers: Vec<Value> =
+            layers.iter().map(|layer| json!({ "layer": layer.layer, "bytes": layer.bytes })).collect();
+        return document(&json!({ "dry_run": dry_run, "bytes": bytes, "layers": layers }));
+    }
+    if layers.is_empty() {
+        return Ok("nothing to give back: every layer is used by a container or an image\n".to_owned());
+    }
+    let mut text = String::new();
+    for layer in layers {
+        writeln!(text, "{}  {}", layer.layer, HumanBytes(layer.bytes))?;
+    }
+    let done = if dry_run { "would be given back" } else { "given back" };
+    writeln!(text, "{} in {} layers {done}", HumanBytes(bytes), layers.len())?;
+    Ok(text)
+}
+
+/// Result of a switch.
+pub(crate) fn switched(key: &str, what: &str, enabled: bool, output: Output) -> anyhow::Result<String> {
+    if output == Output::Json {
+        return document(&json!({ key: enabled }));
+    }
+    Ok(format!("{what}: {}\n", if enabled { "on" } else { "off" }))
+}
+
 #[cfg(test)]
 mod tests {
     use super::*;
@@ -195,6 +246,16 @@ mod tests {
         assert!(decisions("app", &[], Output::Text).unwrap().contains("nothing was decided"));
         let json: Value = serde_json::from_str(&decisions("app", &deferred, Output::Json).unwrap()).unwrap();
         assert_eq!(json["decisions"][0]["code"], "server.not-imported");
+    }
+
+    #[test]
+    fn garbage_is_added_up_and_a_dry_run_says_so() {
+        let layers = [3, 4].map(|bytes| wire::GarbageLayer { layer: "sha256:00".into(), bytes });
+        assert!(garbage(&layers, true, Output::Text).unwrap().ends_with("7 B in 2 layers would be given back\n"));
+        assert!(garbage(&layers, false, Output::Text).unwrap().ends_with("7 B in 2 layers given back\n"));
+        assert!(garbage(&[], false, Output::Text).unwrap().starts_with("nothing to give back"));
+        let json: Value = serde_json::from_str(&garbage(&layers, true, Output::Json).unwrap()).unwrap();
+        assert_eq!((&json["bytes"], &json["dry_run"]), (&json!(7), &json!(true)));
     }
 
     #[test]

@@ -6,26 +6,35 @@ use std::sync::atomic::{AtomicBool, Ordering};
 
 use millstream_chunkstore::{Layer, LayerState};
 use millstream_oci::Digest;
+use millstream_source::names;
 use millstream_wire::millstream::v1 as wire;
 use millstream_wire::millstream::v1::node_server::Node;
+use tokio::sync::mpsc;
+use tokio_stream::wrappers::ReceiverStream;
 use tonic::{Request, Response, Status};
 use tracing::info;
 
 use crate::catalog::Decision;
+use crate::garbage::Garbage;
 use crate::images::NodeImages;
+use crate::make_local::MakeLocal;
+
+/// Progress messages that wait for a slow reader.
+const MAX_PROGRESS: usize = 4;
 
 /// The `Node` service.
 #[derive(Debug)]
 pub struct Control {
     images: Arc<NodeImages>,
+    garbage: Garbage,
     hydration: AtomicBool,
 }
 
 impl Control {
     /// `hydration` is how the fetcher was configured.
     #[must_use]
-    pub fn new(images: Arc<NodeImages>, hydration: bool) -> Self {
-        Self { images, hydration: AtomicBool::new(hydration) }
+    pub fn new(images: Arc<NodeImages>, garbage: Garbage, hydration: bool) -> Self {
+        Self { images, garbage, hydration: AtomicBool::new(hydration) }
     }
 
     fn layer_status(&self, layer: &Layer, images: Vec<String>) -> wire::LayerStatus {
@@ -95,6 +104,14 @@ impl Node for Control {
             && let Ok(reference) = wanted.parse::<millstream_oci::ImageRef>()
         {
             decisions = self.images.catalog.decisions(&reference.to_string()).map_err(internal)?;
+            if decisions.is_empty()
+                && let Some(lookup) = &self.images.lookup
+            {
+                // Pulled without a name; containerd knows by now what the name stands for.
+                for manifest in lookup.manifests(&reference).await {
+                    decisions.extend(self.images.catalog.decisions(&manifest.to_string()).map_err(internal)?);
+                }
+            }
         }
         if decisions.is_empty() {
             // A client that passes no labels does not say which image it pulls: perhaps it was this one.
@@ -122,6 +139,45 @@ impl Node for Control {
         self.images.fetcher.set_hydration(enabled);
         info!(enabled, "hydration switched");
         Ok(Response::new(wire::SetHydrationResponse {}))
+    }
+
+    type PrefetchStream = ReceiverStream<Result<wire::PrefetchProgress, Status>>;
+
+    async fn prefetch(
+        &self,
+        request: Request<wire::PrefetchRequest>,
+    ) -> Result<Response<Self::PrefetchStream>, Status> {
+        let wire::PrefetchRequest { image, wait } = request.into_inner();
+        let work = MakeLocal::start(Arc::clone(&self.images), &image)?;
+        info!({ names::IMAGE } = image, "image is fetched before others");
+        let mut progress = work.progress()?;
+        let (sender, messages) = mpsc::channel(MAX_PROGRESS);
+        // Ends with the image, or with the caller.
+        tokio::spawn(async move {
+            while sender.send(Ok(progress.clone())).await.is_ok() {
+                if !wait || progress.layers_verified == progress.layers_total {
+                    return;
+                }
+                let next = tokio::select! {
+                    () = sender.closed() => return,
+                    next = work.changed(&progress) => next,
+                };
+                match next {
+                    Ok(next) => progress = next,
+                    Err(status) => return sender.send(Err(status)).await.unwrap_or(()),
+                }
+            }
+        });
+        Ok(Response::new(ReceiverStream::new(messages)))
+    }
+
+    async fn gc(&self, request: Request<wire::GcRequest>) -> Result<Response<wire::GcResponse>, Status> {
+        let dry_run = request.into_inner().dry_run;
+        let layers = self.garbage.give_back_now(dry_run).await.map_err(internal)?;
+        info!(layers = layers.len(), dry_run, "unused layers looked for");
+        let layers =
+            layers.into_iter().map(|(layer, bytes)| wire::GarbageLayer { layer: layer.to_string(), bytes }).collect();
+        Ok(Response::new(wire::GcResponse { layers }))
     }
 }
 

@@ -1,34 +1,12 @@
 //! `millstreamd`, the node daemon of Millstream: containerd's snapshotter, one FUSE mount, the local store.
 
-use std::path::PathBuf;
-
 use anyhow::{Context, anyhow};
-use clap::{Parser, Subcommand};
+use clap::Parser;
 use millstream_node::{supervisor, worker};
+use millstream_settings::arguments::{NodeArguments, NodeCommand};
 use millstream_settings::node::Settings;
 use millstream_settings::{LogFormat, LogSettings};
 use tracing_subscriber::EnvFilter;
-
-/// The node daemon of Millstream: containers start before their image has arrived.
-#[derive(Debug, Parser)]
-#[command(version)]
-struct Arguments {
-    #[command(subcommand)]
-    command: Option<Command>,
-    /// Settings; the defaults without it.
-    #[arg(long, global = true, value_name = "FILE")]
-    config: Option<PathBuf>,
-    /// Read and check the settings, then end.
-    #[arg(long)]
-    check_config: bool,
-}
-
-#[derive(Debug, Subcommand)]
-enum Command {
-    /// Started by the supervisor only.
-    #[command(hide = true)]
-    Worker,
-}
 
 fn main() -> std::process::ExitCode {
     match run() {
@@ -41,7 +19,7 @@ fn main() -> std::process::ExitCode {
 }
 
 fn run() -> anyhow::Result<()> {
-    let arguments = Arguments::parse();
+    let arguments = NodeArguments::parse();
     let settings = match &arguments.config {
         Some(path) => millstream_settings::read(path)?,
         None => Settings::default(),
@@ -53,13 +31,13 @@ fn run() -> anyhow::Result<()> {
     start_logging(&settings.log)?;
     match arguments.command {
         None => supervisor::run(&settings, arguments.config.as_deref()),
-        Some(Command::Worker) => {
+        Some(NodeCommand::Worker { restarts }) => {
             let inherited = worker::Inheritance::take()?;
             rustls::crypto::ring::default_provider()
                 .install_default()
                 .map_err(|_| anyhow!("a TLS provider is installed already"))?;
             let runtime = tokio::runtime::Builder::new_multi_thread().enable_all().thread_name("worker").build()?;
-            let result = runtime.block_on(worker::run(&settings, inherited));
+            let result = runtime.block_on(worker::run(&settings, inherited, restarts));
             // Reads that still wait for a source must not hold up the end. To drop them would answer EIO; unanswered, they wait
             // for the next worker, or end with the mount.
             std::mem::forget(runtime);

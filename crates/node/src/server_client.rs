@@ -14,11 +14,12 @@ use bytes::Bytes;
 use millstream_oci::{DiffId, Digest, ManifestDigest};
 use millstream_registry::Credential;
 use millstream_settings::node::ServerSettings;
-use millstream_source::{ContentSource, ErrorKind, SourceError, WindowSource};
+use millstream_source::{ContentSource, ErrorKind, Skeleton, SourceError, WindowSource};
 use millstream_toc::DataRange;
 use millstream_wire::millstream::v1 as wire;
 use millstream_wire::millstream::v1::get_image_response::Part;
 use millstream_wire::millstream::v1::images_client::ImagesClient;
+use tokio_stream::StreamExt;
 use tonic::transport::{Certificate, Channel, ClientTlsConfig, Endpoint, Identity};
 use tonic::{Code, Status};
 
@@ -100,7 +101,7 @@ impl Server {
         Ok(Some(Self { client, metadata_bytes: Arc::default() }))
     }
 
-    /// Bytes of TOCs and windows as they came over the wire.
+    /// Bytes of TOCs, windows and skeletons as they came over the wire.
     #[must_use]
     pub fn metadata_bytes(&self) -> u64 {
         self.metadata_bytes.load(Ordering::Relaxed)
@@ -266,6 +267,24 @@ fn unpack_window(packed: &[u8]) -> Result<Bytes, SourceError> {
 
 #[async_trait]
 impl ContentSource for ServerSource {
+    async fn skeleton(&self, layer: &Digest) -> Result<Skeleton, SourceError> {
+        let request = wire::GetSkeletonRequest { scope: Some(self.scope.to_wire()), layer: layer.to_string() };
+        let refused = |status: Status| match status.code() {
+            // A server from before there were any.
+            Code::Unimplemented => SourceError::new(ErrorKind::NotFound, "server: it has no skeletons"),
+            _ => failed("asking for the skeleton", &status),
+        };
+        let mut stream = self.server.client.clone().get_skeleton(request).await.map_err(refused)?.into_inner();
+        let head = stream.message().await.map_err(refused)?.ok_or_else(|| malformed("no size of the skeleton"))?;
+        let counter = Arc::clone(&self.server.metadata_bytes);
+        let packed = stream.map(move |message| {
+            let piece = message.map_err(|status| failed("receiving the skeleton", &status))?.packed;
+            counter.fetch_add(piece.len() as u64, Ordering::Relaxed);
+            Ok(Bytes::from(piece))
+        });
+        Ok(Skeleton { size: head.size, packed: Box::pin(packed) })
+    }
+
     async fn content(&self, layer: &Digest, range: DataRange) -> Result<Bytes, SourceError> {
         let request = wire::ReadDataRequest {
             scope: Some(self.scope.to_wire()),

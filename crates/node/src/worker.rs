@@ -1,6 +1,5 @@
 //! The process that does the work; it may die at any time and is started again by the supervisor.
 
-use std::collections::HashSet;
 use std::io;
 use std::os::fd::{AsFd, OwnedFd};
 use std::os::unix::net::UnixListener;
@@ -10,9 +9,9 @@ use std::time::Duration;
 
 use anyhow::Context;
 use millstream_chunkstore::{Store, StoreOptions};
+use millstream_containerd::{Containerd, ContainerdOptions};
 use millstream_fuse::{Adapter, Connection, Session};
 use millstream_layerfs::LayerFs;
-use millstream_oci::Digest;
 use millstream_prefetch::{FetchOptions, Fetcher};
 use millstream_registry::{Registry, RegistryOptions};
 use millstream_settings::node::Settings;
@@ -26,7 +25,6 @@ use redb::{Database, StorageError, TransactionError};
 use rustix::process::{Resource, Rlimit, getrlimit, setrlimit};
 use tokio::signal::unix::{SignalKind, signal};
 use tokio::sync::watch;
-use tokio::time::MissedTickBehavior;
 use tokio_stream::wrappers::UnixListenerStream;
 use tonic::transport::Server as GrpcServer;
 use tracing::{error, info, warn};
@@ -34,17 +32,18 @@ use tracing::{error, info, warn};
 use crate::catalog::Catalog;
 use crate::content::NodeContent;
 use crate::control::Control;
+use crate::garbage::Garbage;
 use crate::images::{NodeImages, Reporter, SharedImages};
+use crate::lookup::Lookup;
+use crate::metrics::NodeMetrics;
 use crate::origin::Origins;
+use crate::page;
 use crate::server_client::Server;
 use crate::supervisor::{FIRST, MAX_MESSAGE, SERVES, mountpoint};
 use crate::views::Views;
 
 /// How long requests that are under way may go on after we were asked to stop.
 const DRAIN: Duration = Duration::from_secs(5);
-
-/// How often layers are looked for that no snapshot shows; longer than a decision serves the `Prepare`s of one pull.
-const UNUSED: Duration = Duration::from_secs(90);
 
 /// How often it is looked whether the database still works.
 const DATABASE_CHECK: Duration = Duration::from_secs(1);
@@ -84,11 +83,11 @@ fn message(socket: &OwnedFd) -> io::Result<Vec<u8>> {
     Ok(buffer)
 }
 
-/// Puts the stack together, serves until SIGTERM or until the mount is gone.
+/// Puts the stack together, serves until SIGTERM or until the mount is gone. `restarts` is how many workers died before.
 ///
 /// # Errors
 /// When something of our own is broken: disk, database, descriptors. Registry and server may be down.
-pub async fn run(settings: &Settings, inherited: Inheritance) -> anyhow::Result<()> {
+pub async fn run(settings: &Settings, inherited: Inheritance, restarts: u64) -> anyhow::Result<()> {
     raise_descriptor_limit();
     let db = Arc::new(Database::create(settings.root.join("state.redb")).context("opening the database")?);
 
@@ -101,7 +100,13 @@ pub async fn run(settings: &Settings, inherited: Inheritance) -> anyhow::Result<
         ..RegistryOptions::default()
     })?;
     let server = Server::new(&settings.server)?;
-    let origins = Origins { registry, server: server.clone(), docker_config: settings.registry.docker_config.clone() };
+    let metrics = NodeMetrics::default();
+    let docker_config = settings.registry.docker_config.clone();
+    let origins = Origins { registry, server: server.clone(), docker_config, metrics: metrics.clone() };
+
+    let containerd = &settings.containerd.address;
+    let lookup = (!containerd.as_os_str().is_empty())
+        .then(|| Lookup::new(Containerd::new(ContainerdOptions::new(containerd)), settings.registry.hosts_dir.clone()));
 
     // mechanism
     let fetch = FetchOptions {
@@ -124,6 +129,7 @@ pub async fn run(settings: &Settings, inherited: Inheritance) -> anyhow::Result<
         views,
         catalog,
         origins,
+        lookup,
         settings.decision_deadline,
     ));
     let options = Options { decide_deadline: settings.decision_deadline, ..Options::default() };
@@ -133,7 +139,7 @@ pub async fn run(settings: &Settings, inherited: Inheritance) -> anyhow::Result<
 
     // the kernel's side, then containerd's
     let (resumed, whether_resumed) = watch::channel(false);
-    let content = Arc::new(NodeContent::new(Arc::clone(&store), fetcher, whether_resumed));
+    let content = Arc::new(NodeContent::new(Arc::clone(&store), fetcher, whether_resumed, metrics.clone()));
     let adapter = Adapter::new(layerfs, content, tokio::runtime::Handle::current());
     let supervisor = inherited.supervisor;
     let session = Session::start(adapter, inherited.connection, |answer| write_message(supervisor.as_fd(), answer))
@@ -151,8 +157,12 @@ pub async fn run(settings: &Settings, inherited: Inheritance) -> anyhow::Result<
     if let Some(server) = server {
         server.warm_up();
     }
-    tokio::spawn(give_back_unused(snapshots.clone(), Arc::clone(&store)));
-    let control = Control::new(images, settings.fetch.hydration);
+    if let Some(address) = settings.metrics.listen {
+        page::show(address, &metrics, Arc::clone(&images), Arc::clone(&db), mountpoint(settings), restarts).await;
+    }
+    let garbage = Garbage::new(snapshots.clone(), Arc::clone(&images));
+    tokio::spawn(garbage.clone().give_back_again_and_again());
+    let control = Control::new(images, garbage, settings.fetch.hydration);
     let result = tokio::select! {
         result = serve(inherited.listener, SnapshotService::new(snapshots), control, session) => result,
         error = database_failed(&db, &settings.root) => Err(error),
@@ -190,30 +200,6 @@ async fn database_failed(db: &Database, root: &Path) -> anyhow::Error {
             Ok(disk) if disk.f_bavail.saturating_mul(disk.f_frsize) < DATABASE_ROOM => {}
             _ => return anyhow::anyhow!("the database failed and has to be opened again"),
         }
-    }
-}
-
-/// Gives back layers that were taken in for a pull which then did not happen: the client went away, or our answer came too
-/// late for it. A layer that no snapshot shows at two looks running is not about to get one.
-async fn give_back_unused(snapshots: Snapshots, store: Arc<Store>) {
-    let mut before: HashSet<Digest> = HashSet::new();
-    let mut ticks = tokio::time::interval(UNUSED);
-    ticks.set_missed_tick_behavior(MissedTickBehavior::Delay);
-    loop {
-        ticks.tick().await;
-        let all: HashSet<Digest> = store.layers().iter().map(|layer| layer.digest()).collect();
-        let unused: HashSet<Digest> = match snapshots.layers() {
-            Ok(used) => all.difference(&used).copied().collect(),
-            Err(error) => {
-                warn!(%error, "cannot look for unused layers");
-                continue;
-            }
-        };
-        let stale: Vec<Digest> = unused.intersection(&before).copied().collect();
-        if let Err(error) = snapshots.release_unused(stale).await {
-            warn!(%error, "unused layers stay for now");
-        }
-        before = unused;
     }
 }
 

@@ -27,6 +27,15 @@ pub struct Counters {
     pub active: u64,
 }
 
+/// What waits now.
+#[derive(Debug, Clone, Copy, PartialEq, Eq, Default)]
+pub struct Queues {
+    /// Requests without a slot: demand, prefetch, hydration.
+    pub requests: [usize; 3],
+    /// Layers to be hydrated whose turn has not come.
+    pub layers: usize,
+}
+
 #[derive(Debug, Default)]
 pub(crate) struct Tally {
     received: [AtomicU64; 3],

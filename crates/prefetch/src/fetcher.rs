@@ -11,7 +11,7 @@ use millstream_toc::DataRange;
 use tokio::runtime::Handle;
 
 use crate::attached::{Attached, ImageSources};
-use crate::counters::{Counters, Tally};
+use crate::counters::{Counters, Queues, Tally};
 use crate::deliver::{ChunkSink, MemorySink, store_failed, toc_failed};
 use crate::edges::Edges;
 use crate::ensure::{Halves, missing};
@@ -20,7 +20,6 @@ use crate::flight;
 use crate::gate::{Gate, Urgency};
 use crate::hydrate::{Hydration, Progress};
 use crate::options::FetchOptions;
-use crate::plan;
 use crate::queue::Limits;
 use crate::share::Turns;
 use crate::windows::Windows;
@@ -194,9 +193,7 @@ impl Fetcher {
         let sink: Arc<dyn ChunkSink> = memory.clone();
         let urgency = Urgency::new(Priority::Demand);
         let toc = attached.layer.toc();
-        let groups =
-            plan::whole(toc, &missing).and_then(|needs| plan::plan(toc, &needs, self.shared.bounds(Priority::Demand)));
-        let groups = groups.map_err(toc_failed)?;
+        let groups = self.shared.unstored_groups(toc, &missing).map_err(toc_failed)?;
         let all = async {
             for group in &groups {
                 let attempt =
@@ -220,7 +217,15 @@ impl Fetcher {
         }
     }
 
-    /// Holds hydration back (`false`), what is under way included, or lets it go on.
+    /// As [`Fetcher::hydrate`], but before all layers that only wait, and also while hydration is held back.
+    pub fn hydrate_first(&self, layer: &Digest) {
+        match self.attached(layer) {
+            Ok(attached) => self.hydration.submit_first(&attached),
+            Err(error) => tracing::warn!({ names::LAYER } = %layer, %error, "layer cannot be hydrated"),
+        }
+    }
+
+    /// Holds hydration back (`false`), what is under way included (but for layers that are wanted first), or lets it go on.
     pub fn set_hydration(&self, enabled: bool) {
         self.hydration.set_enabled(enabled);
     }
@@ -228,6 +233,11 @@ impl Fetcher {
     /// Totals since the start.
     pub fn counters(&self) -> Counters {
         self.shared.tally.snapshot(self.shared.gate.running())
+    }
+
+    /// What waits now.
+    pub fn queues(&self) -> Queues {
+        Queues { requests: self.shared.gate.waiting(), layers: self.hydration.waiting() }
     }
 
     /// How far a layer is; `None` when it is not attached.

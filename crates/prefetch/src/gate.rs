@@ -155,4 +155,8 @@ impl Gate {
     pub(crate) fn running(&self) -> usize {
         self.state().scheduler.running()
     }
+
+    pub(crate) fn waiting(&self) -> [usize; 3] {
+        self.state().scheduler.waiting()
+    }
 }

@@ -1,7 +1,7 @@
 //! Makes layers wholly local, one after the other, and proves them.
 
 use std::collections::VecDeque;
-use std::sync::atomic::{AtomicU64, Ordering};
+use std::sync::atomic::{AtomicBool, AtomicU64, Ordering};
 use std::sync::{Arc, Mutex, MutexGuard, PoisonError};
 
 use futures::StreamExt;
@@ -11,10 +11,12 @@ use millstream_toc::BlobRange;
 use tokio::sync::{mpsc, watch};
 
 use crate::attached::Attached;
+use crate::background::at_low_priority;
 use crate::deliver::store_failed;
 use crate::fetcher::Shared;
 use crate::part::Pass;
 use crate::rebuild::{Verdict, rebuild};
+use crate::skeleton::{self, Outcome};
 
 /// Where the hydration of a layer stands.
 #[derive(Debug, Clone, Copy, PartialEq, Eq, Default)]
@@ -56,6 +58,10 @@ pub struct Progress {
 pub(crate) struct Status {
     inner: Mutex<Inner>,
     blob_bytes: AtomicU64,
+    /// Whether somebody wants this layer before others, and also while hydration is held back.
+    first: watch::Sender<bool>,
+    /// The layer could not be proven by its skeleton.
+    distrusted: AtomicBool,
 }
 
 #[derive(Debug, Default)]
@@ -81,6 +87,11 @@ impl Status {
         inner.failures = inner.failures.saturating_add(1);
         inner.last_error = Some(error.to_string());
         inner.failures
+    }
+
+    /// From now on the layer is proven by its blob only.
+    pub(crate) fn distrust_skeleton(&self) {
+        self.distrusted.store(true, Ordering::Relaxed);
     }
 
     /// Compressed bytes that the pass under way has read.
@@ -116,8 +127,46 @@ pub(crate) struct Hydration {
 /// At most one place for each attached layer, as [`Status`] sees to.
 #[derive(Default)]
 struct Queue {
+    /// Those that somebody wants first. They have as many places of their own as all others together: the others may be held
+    /// back.
+    first: VecDeque<Arc<Attached>>,
     waiting: VecDeque<Arc<Attached>>,
+    running_first: usize,
     running: usize,
+}
+
+/// Whether a pass may go on: hydration is not held back, or this layer is wanted first.
+#[derive(Debug, Clone)]
+pub(crate) struct Permission {
+    enabled: watch::Receiver<bool>,
+    first: watch::Receiver<bool>,
+}
+
+impl Permission {
+    /// Returns when the pass may go on; `false` when hydration was ended.
+    pub(crate) async fn given(&mut self) -> bool {
+        self.turns(true).await
+    }
+
+    /// Returns when the pass may not go on, or hydration was ended.
+    pub(crate) async fn withdrawn(&mut self) {
+        self.turns(false).await;
+    }
+
+    async fn turns(&mut self, wanted: bool) -> bool {
+        loop {
+            if (*self.enabled.borrow_and_update() || *self.first.borrow_and_update()) == wanted {
+                return true;
+            }
+            let changed = tokio::select! {
+                changed = self.enabled.changed() => changed,
+                changed = self.first.changed() => changed,
+            };
+            if changed.is_err() {
+                return false;
+            }
+        }
+    }
 }
 
 impl Hydration {
@@ -144,23 +193,63 @@ impl Hydration {
         self.enqueue(attached.clone());
     }
 
+    /// Wants a layer before those that only wait, and also while hydration is held back. One that failed is tried again when
+    /// its pause is over.
+    pub(crate) fn submit_first(self: &Arc<Self>, attached: &Arc<Attached>) {
+        attached.hydration.first.send_replace(true);
+        {
+            let mut queue = self.lock();
+            if let Some(at) = queue.waiting.iter().position(|waiting| Arc::ptr_eq(waiting, attached)) {
+                queue.waiting.remove(at);
+                queue.first.push_back(attached.clone());
+            }
+        }
+        self.submit(attached);
+        self.advance();
+    }
+
+    fn lock(&self) -> MutexGuard<'_, Queue> {
+        self.queue.lock().unwrap_or_else(PoisonError::into_inner)
+    }
+
+    /// Layers that wait for their turn.
+    pub(crate) fn waiting(&self) -> usize {
+        let queue = self.lock();
+        queue.first.len() + queue.waiting.len()
+    }
+
     fn enqueue(self: &Arc<Self>, attached: Arc<Attached>) {
-        self.queue.lock().unwrap_or_else(PoisonError::into_inner).waiting.push_back(attached);
+        {
+            let mut queue = self.lock();
+            let first = *attached.hydration.first.borrow();
+            if first { queue.first.push_back(attached) } else { queue.waiting.push_back(attached) }
+        }
         self.advance();
     }
 
     /// Starts what may run now.
     fn advance(self: &Arc<Self>) {
-        let mut queue = self.queue.lock().unwrap_or_else(PoisonError::into_inner);
-        while queue.running < self.shared.options.hydrations.max(1) {
-            let Some(attached) = queue.waiting.pop_front() else { break };
-            if attached.cancel.is_cancelled() {
-                continue;
+        let mut queue = self.lock();
+        let places = self.shared.options.hydrations.max(1);
+        while queue.running_first < places {
+            let Some(attached) = queue.first.pop_front() else { break };
+            if !attached.cancel.is_cancelled() {
+                queue.running_first += 1;
+                self.start(attached, true);
             }
-            queue.running += 1;
-            let turn = Turn(self.clone());
-            self.shared.runtime.spawn(async move { turn.0.run(&attached).await });
         }
+        while queue.running < places {
+            let Some(attached) = queue.waiting.pop_front() else { break };
+            if !attached.cancel.is_cancelled() {
+                queue.running += 1;
+                self.start(attached, false);
+            }
+        }
+    }
+
+    fn start(self: &Arc<Self>, attached: Arc<Attached>, first: bool) {
+        let turn = Turn { hydration: self.clone(), first };
+        self.shared.runtime.spawn(async move { turn.hydration.run(&attached).await });
     }
 
     async fn run(self: &Arc<Self>, attached: &Arc<Attached>) {
@@ -201,19 +290,34 @@ impl Hydration {
         });
     }
 
-    /// Reads the whole blob once, stores it and judges it.
+    /// Makes the layer local and judges it: by its skeleton if that is the short way, else by its blob.
     async fn pass(&self, attached: &Arc<Attached>) -> Result<(), Failure> {
-        let shared = &*self.shared;
         // Again: what came since for other layers may be of use for this one.
-        shared.share_all(attached).await;
-        let pass = Pass { shared, attached, enabled: self.enabled.subscribe(), used: Mutex::default() };
+        self.shared.share_all(attached).await;
+        let status = &attached.hydration;
+        let permission = Permission { enabled: self.enabled.subscribe(), first: status.first.subscribe() };
+        let pass = Pass { shared: &self.shared, attached, permission, used: Mutex::default() };
+        let failures = status.lock().failures;
+        let outcome = match status.distrusted.load(Ordering::Relaxed) {
+            true => Outcome::Blob,
+            false => skeleton::prove(&pass, failures, self.shared.options.budget).await,
+        };
+        match outcome {
+            Outcome::Blob => self.whole(pass).await,
+            Outcome::Failed(error) => Err(Failure::Again(error)),
+            Outcome::Proven => self.finish(attached).await,
+        }
+    }
+
+    /// Reads the whole blob once, stores it and judges it.
+    async fn whole(&self, pass: Pass<'_>) -> Result<(), Failure> {
+        let (shared, attached) = (&*self.shared, pass.attached);
         attached.hydration.blob_bytes.store(0, Ordering::Relaxed);
         let (sender, parts) = mpsc::channel(1);
         let (layer, budget) = (attached.layer.clone(), shared.options.budget);
-        let built = shared.runtime.spawn_blocking(move || rebuild(&layer, parts, budget));
-        let fed = feed(&pass, sender).await;
-        let verdict = match (built.await, fed) {
-            (Err(error), _) => Verdict::Failed(SourceError::new(ErrorKind::Local, format!("builder failed: {error}"))),
+        let built = at_low_priority(move || rebuild(&layer, parts, budget));
+        let verdict = match tokio::join!(built, feed(&pass, sender)) {
+            (Err(error), _) => Verdict::Failed(error),
             // The builder was told nothing but that the parts ended.
             (Ok(_), Err(error)) => Verdict::Failed(error),
             (Ok(verdict), Ok(())) => verdict,
@@ -229,8 +333,12 @@ impl Hydration {
                 .await?;
                 Err(Failure::Quarantine(reason))
             }
-            Verdict::Proven => self.blocking(attached, |layer| layer.sync().and_then(|()| layer.set_verified())).await,
+            Verdict::Proven => self.finish(attached).await,
         }
+    }
+
+    async fn finish(&self, attached: &Attached) -> Result<(), Failure> {
+        self.blocking(attached, |layer| layer.sync().and_then(|()| layer.set_verified())).await
     }
 
     async fn blocking(
@@ -253,12 +361,18 @@ enum Failure {
 }
 
 /// One of the places of layers under way; given on when it is dropped, however the task ends.
-struct Turn(Arc<Hydration>);
+struct Turn {
+    hydration: Arc<Hydration>,
+    first: bool,
+}
 
 impl Drop for Turn {
     fn drop(&mut self) {
-        self.0.queue.lock().unwrap_or_else(PoisonError::into_inner).running -= 1;
-        self.0.advance();
+        {
+            let mut queue = self.hydration.lock();
+            if self.first { queue.running_first -= 1 } else { queue.running -= 1 }
+        }
+        self.hydration.advance();
     }
 }
 

@@ -2,6 +2,7 @@
 
 mod around;
 mod attached;
+mod background;
 mod counters;
 mod deliver;
 mod edges;
@@ -18,10 +19,11 @@ pub mod plan;
 pub mod queue;
 mod rebuild;
 mod share;
+mod skeleton;
 mod windows;
 
 pub use attached::ImageSources;
-pub use counters::Counters;
+pub use counters::{Counters, Queues};
 pub use fetcher::{FetchEvents, Fetcher};
 pub use hydrate::{HydrationState, Progress};
 pub use options::{FetchOptions, Jitter, RandomJitter};

@@ -5,23 +5,34 @@ use std::sync::{Arc, Mutex, PoisonError};
 use bytes::{Bytes, BytesMut};
 use millstream_source::{ErrorKind, Priority, SourceError, names};
 use millstream_toc::BlobRange;
-use tokio::sync::watch;
 
 use crate::attached::{Attached, Source};
 use crate::extract::{bounded, next_piece};
 use crate::fetcher::Shared;
 use crate::gate::Urgency;
+use crate::hydrate::Permission;
 
 /// What the parts of one pass share.
 pub(crate) struct Pass<'a> {
-    pub(crate) shared: &'a Shared,
-    pub(crate) attached: &'a Attached,
-    pub(crate) enabled: watch::Receiver<bool>,
+    pub(crate) shared: &'a Arc<Shared>,
+    pub(crate) attached: &'a Arc<Attached>,
+    pub(crate) permission: Permission,
     /// Every source that gave bytes: if the sum of all is wrong, any of them may be to blame.
     pub(crate) used: Mutex<Vec<Arc<Source>>>,
 }
 
 impl Pass<'_> {
+    /// Waits until hydration is not held back.
+    ///
+    /// # Errors
+    /// When there will be none any more.
+    pub(crate) async fn permitted(&self) -> Result<(), SourceError> {
+        if self.permission.clone().given().await {
+            return Ok(());
+        }
+        Err(SourceError::new(ErrorKind::Unavailable, "hydration was ended"))
+    }
+
     /// All bytes of `range`, which fits in memory.
     ///
     /// # Errors
@@ -33,10 +44,7 @@ impl Pass<'_> {
         let mut failures = 0u32;
         while bytes.len() < len {
             // Held back between requests too, without a slot and without a connection.
-            let mut enabled = self.enabled.clone();
-            if enabled.wait_for(|enabled| *enabled).await.is_err() {
-                return Err(SourceError::new(ErrorKind::Unavailable, "hydration was ended"));
-            }
+            self.permitted().await?;
             let before = bytes.len();
             let sources = self.attached.sources();
             let Some(source) = sources.get(failures as usize % sources.len().max(1)) else {
@@ -68,12 +76,12 @@ impl Pass<'_> {
         self.note(source);
         let mut patience = shared.options.starvation;
         let mut left = rest.len();
-        let mut enabled = self.enabled.clone();
+        let mut permission = self.permission.clone();
         loop {
             patience = shared.gate.yield_to_demand(patience).await;
             let piece = tokio::select! {
                 biased;
-                _ = enabled.wait_for(|enabled| !enabled) => return Ok(()),
+                () = permission.withdrawn() => return Ok(()),
                 piece = next_piece(&mut body, idle) => piece?,
             };
             let Some(piece) = piece else { break };

@@ -171,6 +171,12 @@ impl Scheduler {
         [overdue, self.settled].into_iter().filter(|due| *due > now).min()
     }
 
+    /// Number of requests that wait, in the order of [`Priority`].
+    #[must_use]
+    pub fn waiting(&self) -> [usize; 3] {
+        self.waiting.each_ref().map(VecDeque::len)
+    }
+
     /// Number of requests that run.
     #[must_use]
     pub fn running(&self) -> usize {

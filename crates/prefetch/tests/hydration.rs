@@ -191,6 +191,31 @@ async fn detaching_ends_hydration_and_the_next_layer_has_its_turn() {
 }
 
 #[tokio::test(flavor = "multi_thread", worker_threads = 2)]
+async fn a_layer_that_is_wanted_first_overtakes_and_is_not_held_back() {
+    let (one, two) = (image(14), image(15));
+    let world = World::simple(&one);
+    let second = world.store.admit(&two.toc).unwrap();
+    let (held, good) = (Double::new(&one), Double::new(&two));
+    world.attach(held.sources());
+    world.fetcher.attach(second.clone(), good.sources());
+    world.fetcher.set_hydration(false);
+    world.fetcher.hydrate(&one.digest);
+    world.fetcher.hydrate(&two.digest);
+    eventually("the turn of the first", || {
+        world.fetcher.progress(&one.digest).unwrap().state == HydrationState::Running
+    })
+    .await;
+    assert_eq!(world.fetcher.queues().layers, 1);
+    world.fetcher.hydrate_first(&two.digest);
+    eventually("the second", || second.state() == LayerState::Verified).await;
+    assert!(held.requests().is_empty() && world.layer.state() == LayerState::Lazy);
+    // One that is under way and held back goes on.
+    world.fetcher.hydrate_first(&one.digest);
+    eventually("the first", || world.layer.state() == LayerState::Verified).await;
+    assert_eq!(world.fetcher.queues(), millstream_prefetch::Queues::default());
+}
+
+#[tokio::test(flavor = "multi_thread", worker_threads = 2)]
 async fn a_failed_hydration_is_visible_and_tried_again() {
     let image = image(16);
     let world = World::simple(&image);

@@ -217,7 +217,7 @@ impl Challenges {
 
 /// Gets a token.
 async fn fetch(asker: Asker<'_>, challenge: BearerChallenge) -> Result<Grant, SourceError> {
-    let url = token_url(asker, &challenge)?;
+    let url = token_url(&asker.endpoint.config.base, asker.repository, &challenge)?;
     let mut private = HeaderMap::new();
     if let Credential::Basic { .. } = asker.credential {
         private.insert(AUTHORIZATION, own_header(asker)?);
@@ -246,8 +246,7 @@ struct TokenAnswer {
 }
 
 /// Where to ask for a token. A registry that is reached by HTTPS must not send its callers' passwords elsewhere in clear.
-fn token_url(asker: Asker<'_>, challenge: &BearerChallenge) -> Result<Url, SourceError> {
-    let registry = &asker.endpoint.config.base;
+fn token_url(registry: &Url, repository: &str, challenge: &BearerChallenge) -> Result<Url, SourceError> {
     let refuse = |reason: &str| {
         let message = format!("{} names a token server {reason}", shown(registry));
         Err(SourceError::new(ErrorKind::Unauthorized, message).with_retry(Retry::Never))
@@ -265,7 +264,7 @@ fn token_url(asker: Asker<'_>, challenge: &BearerChallenge) -> Result<Url, Sourc
     if !url.username().is_empty() || url.password().is_some() {
         return refuse("with credentials in its address");
     }
-    let ours = format!("repository:{}:pull", asker.repository);
+    let ours = format!("repository:{repository}:pull");
     {
         let mut query = url.query_pairs_mut();
         if let Some(service) = &challenge.service {
@@ -283,6 +282,12 @@ fn token_url(asker: Asker<'_>, challenge: &BearerChallenge) -> Result<Url, Sourc
 
 fn is_pull_scope(scope: &str) -> bool {
     scope.starts_with("repository:") && scope.ends_with(":pull")
+}
+
+/// What a registry's challenges lead to, for `crate::fuzzing`.
+#[cfg(fuzzing)]
+pub(crate) fn token_urls(registry: &Url, headers: &HeaderMap) -> Option<Result<Url, SourceError>> {
+    Challenges::read(headers).bearer.map(|challenge| token_url(registry, "team/app", &challenge))
 }
 
 /// The caller's credential as a header of its own.

@@ -45,10 +45,7 @@ fn lookup(path: &Path, image: &ImageRef, timeout: Duration) -> Result<Credential
         Err(error) if error.kind() == std::io::ErrorKind::NotFound => return Ok(Credential::Anonymous),
         Err(error) => return Err(local(format!("cannot read {}: {error}", path.display()))),
     };
-    // The position is all of the error that can be shown: the rest may quote a password.
-    let config: Config = serde_json::from_slice(&text).map_err(|error| {
-        local(format!("{} is malformed at line {}, column {}", path.display(), error.line(), error.column()))
-    })?;
+    let config = Config::parse(&text, path)?;
     let names = names(image.registry());
     let helper = names.iter().find_map(|name| config.cred_helpers.get(*name)).or(config.creds_store.as_ref());
     if let Some(helper) = helper.filter(|helper| !helper.is_empty()) {
@@ -57,12 +54,13 @@ fn lookup(path: &Path, image: &ImageRef, timeout: Duration) -> Result<Credential
             return Ok(credential);
         }
     }
-    let exact = names.iter().find_map(|name| config.auths.get(*name));
-    let by_host = || config.auths.iter().find(|(key, _)| names.contains(&host_of(key))).map(|(_, auth)| auth);
-    match exact.or_else(by_host) {
-        Some(auth) => auth.credential(image.registry()),
-        None => Ok(Credential::Anonymous),
-    }
+    config.stored(&names, image.registry())
+}
+
+/// What a text holds, without asking helpers, for `crate::fuzzing`.
+#[cfg(fuzzing)]
+pub(crate) fn stored(text: &[u8], image: &ImageRef) -> Result<Credential, SourceError> {
+    Config::parse(text, Path::new("config.json"))?.stored(&names(image.registry()), image.registry())
 }
 
 /// Names under which a registry's credentials may be kept, the one that helpers know first.
@@ -87,6 +85,25 @@ struct Config {
     #[serde(default)]
     cred_helpers: HashMap<String, String>,
     creds_store: Option<String>,
+}
+
+impl Config {
+    fn parse(text: &[u8], path: &Path) -> Result<Self, SourceError> {
+        // The position is all of the error that can be shown: the rest may quote a password.
+        serde_json::from_slice(text).map_err(|error| {
+            local(format!("{} is malformed at line {}, column {}", path.display(), error.line(), error.column()))
+        })
+    }
+
+    /// What the file itself holds for a registry under one of its names.
+    fn stored(&self, names: &[&str], registry: &str) -> Result<Credential, SourceError> {
+        let exact = names.iter().find_map(|name| self.auths.get(*name));
+        let by_host = || self.auths.iter().find(|(key, _)| names.contains(&host_of(key))).map(|(_, auth)| auth);
+        match exact.or_else(by_host) {
+            Some(auth) => auth.credential(registry),
+            None => Ok(Credential::Anonymous),
+        }
+    }
 }
 
 #[derive(Deserialize)]

@@ -2,32 +2,22 @@
 
 mod options;
 
-use std::path::PathBuf;
+use std::net::SocketAddr;
 use std::process::ExitCode;
 
 use anyhow::Context;
 use clap::Parser;
+use millstream_metrics::{Page, Readiness};
 use millstream_registry::Registry;
 use millstream_server::{ImagesService, Listener, Store};
+use millstream_settings::arguments::ServerArguments;
 use millstream_settings::server::Settings;
 use millstream_settings::{LogFormat, LogSettings};
 use tokio::signal::unix::{SignalKind, signal};
 use tracing_subscriber::EnvFilter;
 
-/// Makes and serves tables of contents of container images, so that containers start before their image has arrived.
-#[derive(Debug, Parser)]
-#[command(version)]
-struct Arguments {
-    /// Settings file (TOML).
-    #[arg(long, value_name = "FILE")]
-    config: PathBuf,
-    /// Check the settings file and exit.
-    #[arg(long)]
-    check_config: bool,
-}
-
 fn main() -> ExitCode {
-    match start(&Arguments::parse()) {
+    match start(&ServerArguments::parse()) {
         Ok(()) => ExitCode::SUCCESS,
         Err(error) => {
             eprintln!("millstream-server: {error:#}");
@@ -36,7 +26,7 @@ fn main() -> ExitCode {
     }
 }
 
-fn start(arguments: &Arguments) -> anyhow::Result<()> {
+fn start(arguments: &ServerArguments) -> anyhow::Result<()> {
     let settings: Settings = millstream_settings::read(&arguments.config)?;
     if arguments.check_config {
         println!("{}: settings are fine", arguments.config.display());
@@ -56,6 +46,9 @@ async fn run(settings: Settings) -> anyhow::Result<()> {
     let registry = Registry::new(options::registry(&settings))?;
     let service = ImagesService::new(store, registry, options::service(&settings));
     let listener = Listener::bind(&options::listen(&settings))?;
+    if let Some(address) = settings.metrics.listen {
+        show_metrics(address, &service).await?;
+    }
     tracing::info!(address = %listener.address(), store = %settings.store, tls = settings.tls.is_some(), "listening");
     let shutdown = async {
         tokio::select! {
@@ -65,6 +58,20 @@ async fn run(settings: Settings) -> anyhow::Result<()> {
         tracing::info!("shutting down");
     };
     listener.serve(service, shutdown).await?;
+    Ok(())
+}
+
+/// Shows metrics and probes for as long as the process lives.
+async fn show_metrics(address: SocketAddr, service: &ImagesService) -> anyhow::Result<()> {
+    let listener = millstream_metrics::bind(address).await?;
+    tracing::info!(%address, "metrics are shown");
+    let registry = service.metrics().registry();
+    let service = service.clone();
+    let ready = move || -> Readiness {
+        let service = service.clone();
+        Box::pin(async move { service.ready().await.map_err(|error| format!("the store cannot be read: {error}")) })
+    };
+    tokio::spawn(millstream_metrics::serve(listener, Page { registry, ready: Box::new(ready) }));
     Ok(())
 }
 

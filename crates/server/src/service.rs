@@ -12,7 +12,7 @@ use millstream_source::{ErrorKind, SourceError, names};
 use millstream_toc::format::Kind;
 use millstream_toc::{DataRange, Toc};
 use millstream_wire::millstream::v1::{self, get_image_response::Part, images_server::Images};
-use tonic::{Request, Response, Status};
+use tonic::{Code, Request, Response, Status};
 use tracing::{Instrument, Span, info_span};
 
 use crate::ServeError;
@@ -22,7 +22,8 @@ use crate::content::{Content, ContentOptions, toc_error};
 use crate::convert::{credential, layer_message, platform, progress_message};
 use crate::import::{ImportOptions, Importer, Progress, no_platform};
 use crate::limits::{LimitOptions, Limits};
-use crate::store::{ImageLayer, ImageRecord, LayerRecord, Store};
+use crate::metrics::{Method, ServerMetrics};
+use crate::store::{ImageLayer, ImageRecord, LayerRecord, Store, StoreError};
 
 /// Bytes of a packed TOC in one message; gRPC clients take 4 MiB by default.
 const TOC_PIECE: usize = 1 << 20;
@@ -67,6 +68,7 @@ pub struct ImagesService {
 struct Inner {
     store: Store,
     registry: Registry,
+    metrics: ServerMetrics,
     access: Access,
     limits: Limits,
     content: Arc<Content>,
@@ -96,9 +98,11 @@ impl ImagesService {
     /// A service upon `store` that reads images through `registry`.
     #[must_use]
     pub fn new(store: Store, registry: Registry, options: ServiceOptions) -> Self {
-        let content = Arc::new(Content::new(store.clone(), options.content));
-        let importer = Arc::new(Importer::new(store.clone(), Arc::clone(&content), options.import));
+        let metrics = ServerMetrics::default();
+        let content = Arc::new(Content::new(store.clone(), options.content, metrics.clone()));
+        let importer = Arc::new(Importer::new(store.clone(), Arc::clone(&content), options.import, metrics.clone()));
         let inner = Inner {
+            metrics,
             store,
             registry,
             access: Access::new(options.access),
@@ -111,6 +115,33 @@ impl ImagesService {
         };
         Self { inner: Arc::new(inner) }
     }
+
+    /// What is counted.
+    #[must_use]
+    pub fn metrics(&self) -> &ServerMetrics {
+        &self.inner.metrics
+    }
+
+    /// Whether the store can be read.
+    ///
+    /// # Errors
+    /// Those of the store.
+    pub async fn ready(&self) -> Result<(), StoreError> {
+        self.inner.store.probe().await
+    }
+
+    /// Counts and traces the work that one request is.
+    async fn answer<T>(
+        &self,
+        method: Method,
+        span: Span,
+        work: impl Future<Output = Result<T, ServeError>>,
+    ) -> Result<T, Status> {
+        let watch = self.inner.metrics.begin(method);
+        let answer = work.instrument(span.clone()).await.map_err(|error| refused(&span, error));
+        watch.end(answer.as_ref().err().map_or(Code::Ok, Status::code));
+        answer
+    }
 }
 
 #[tonic::async_trait]
@@ -118,6 +149,7 @@ impl Images for ImagesService {
     type ImportStream = Reply<v1::ImportProgress>;
     type GetImageStream = Reply<v1::GetImageResponse>;
     type GetWindowsStream = Reply<v1::GetWindowsResponse>;
+    type GetSkeletonStream = Reply<v1::GetSkeletonResponse>;
     type ReadFileStream = Reply<v1::ReadFileResponse>;
     type ReadDataStream = Reply<v1::ReadFileResponse>;
 
@@ -125,20 +157,14 @@ impl Images for ImagesService {
         let peer = peer(&request);
         let request = request.into_inner();
         let span = info_span!("import", { names::IMAGE } = %shown(&request.image));
-        Inner::import(Arc::clone(&self.inner), peer, request)
-            .instrument(span.clone())
-            .await
-            .map_err(|error| refused(&span, error))
+        self.answer(Method::Import, span, Inner::import(Arc::clone(&self.inner), peer, request)).await
     }
 
     async fn get_image(&self, request: Request<v1::GetImageRequest>) -> Result<Response<Self::GetImageStream>, Status> {
         let peer = peer(&request);
         let request = request.into_inner();
         let span = info_span!("get_image", { names::IMAGE } = image_field(request.scope.as_ref()));
-        Inner::get_image(Arc::clone(&self.inner), peer, request)
-            .instrument(span.clone())
-            .await
-            .map_err(|error| refused(&span, error))
+        self.answer(Method::GetImage, span, Inner::get_image(Arc::clone(&self.inner), peer, request)).await
     }
 
     async fn get_windows(
@@ -154,10 +180,21 @@ impl Images for ImagesService {
             first_span = request.first_span,
             end_span = request.end_span,
         );
-        Inner::get_windows(Arc::clone(&self.inner), peer, request)
-            .instrument(span.clone())
-            .await
-            .map_err(|error| refused(&span, error))
+        self.answer(Method::GetWindows, span, Inner::get_windows(Arc::clone(&self.inner), peer, request)).await
+    }
+
+    async fn get_skeleton(
+        &self,
+        request: Request<v1::GetSkeletonRequest>,
+    ) -> Result<Response<Self::GetSkeletonStream>, Status> {
+        let peer = peer(&request);
+        let request = request.into_inner();
+        let span = info_span!(
+            "get_skeleton",
+            { names::IMAGE } = image_field(request.scope.as_ref()),
+            { names::LAYER } = %shown(&request.layer),
+        );
+        self.answer(Method::GetSkeleton, span, Inner::get_skeleton(Arc::clone(&self.inner), peer, request)).await
     }
 
     async fn read_file(&self, request: Request<v1::ReadFileRequest>) -> Result<Response<Self::ReadFileStream>, Status> {
@@ -171,10 +208,7 @@ impl Images for ImagesService {
             { names::OFFSET } = request.offset,
             { names::SIZE } = request.size,
         );
-        Inner::read_file(Arc::clone(&self.inner), peer, request)
-            .instrument(span.clone())
-            .await
-            .map_err(|error| refused(&span, error))
+        self.answer(Method::ReadFile, span, Inner::read_file(Arc::clone(&self.inner), peer, request)).await
     }
 
     async fn read_data(&self, request: Request<v1::ReadDataRequest>) -> Result<Response<Self::ReadDataStream>, Status> {
@@ -187,10 +221,7 @@ impl Images for ImagesService {
             { names::OFFSET } = request.offset,
             { names::SIZE } = request.size,
         );
-        Inner::read_data(Arc::clone(&self.inner), peer, request)
-            .instrument(span.clone())
-            .await
-            .map_err(|error| refused(&span, error))
+        self.answer(Method::ReadData, span, Inner::read_data(Arc::clone(&self.inner), peer, request)).await
     }
 }
 
@@ -313,6 +344,28 @@ impl Inner {
                 let windows = windows.into_iter().map(Into::into).collect();
                 answer.send(v1::GetWindowsResponse { windows }).await?;
                 at = next;
+            }
+            Ok(())
+        }))
+    }
+
+    async fn get_skeleton(
+        self: Arc<Self>,
+        peer: Option<IpAddr>,
+        request: v1::GetSkeletonRequest,
+    ) -> Result<Response<Reply<v1::GetSkeletonResponse>>, ServeError> {
+        let permit = self.limits.admit(peer)?;
+        let caller = self.authorise(peer, request.scope).await?;
+        let (layer, _) = self.layer(&caller, &request.layer).await?;
+        let found = self.store.skeleton(&layer).await?;
+        let (size, mut pieces) =
+            found.ok_or_else(|| ServeError::NotFound { what: format!("layer {layer} has no skeleton here") })?;
+        Ok(stream(permit, async move |answer: Answer<v1::GetSkeletonResponse>| {
+            answer.send(v1::GetSkeletonResponse { size, packed: Vec::new() }).await?;
+            while let Some(piece) = pieces.try_next().await? {
+                for part in piece.chunks(CONTENT_PIECE) {
+                    answer.send(v1::GetSkeletonResponse { size: 0, packed: part.to_vec() }).await?;
+                }
             }
             Ok(())
         }))

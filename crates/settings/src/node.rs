@@ -6,7 +6,7 @@ use std::time::Duration;
 
 use serde::{Deserialize, Serialize};
 
-use crate::{LogSettings, Schema, SettingsError, amount};
+use crate::{LogSettings, MetricsSettings, Schema, SettingsError, amount};
 
 /// Everything that can be set.
 #[derive(Debug, Clone, PartialEq, Deserialize, Serialize)]
@@ -25,8 +25,12 @@ pub struct Settings {
     pub registry: RegistrySettings,
     /// How content is fetched.
     pub fetch: FetchSettings,
+    /// The containerd that this node serves.
+    pub containerd: ContainerdSettings,
     /// What is logged.
     pub log: LogSettings,
+    /// Where metrics and probes are shown.
+    pub metrics: MetricsSettings,
 }
 
 /// `[server]`: the remote file system service.
@@ -68,6 +72,14 @@ pub struct FetchSettings {
     pub read_deadline: Duration,
 }
 
+/// `[containerd]`.
+#[derive(Debug, Clone, PartialEq, Eq, Deserialize, Serialize)]
+#[serde(default, deny_unknown_fields)]
+pub struct ContainerdSettings {
+    /// Its unix socket: asked which image a client means that does not name it. Empty: not asked.
+    pub address: PathBuf,
+}
+
 impl Default for Settings {
     fn default() -> Self {
         Self {
@@ -77,7 +89,9 @@ impl Default for Settings {
             server: ServerSettings::default(),
             registry: RegistrySettings::default(),
             fetch: FetchSettings::default(),
+            containerd: ContainerdSettings::default(),
             log: LogSettings::default(),
+            metrics: MetricsSettings::default(),
         }
     }
 }
@@ -91,6 +105,12 @@ impl Default for RegistrySettings {
 impl Default for FetchSettings {
     fn default() -> Self {
         Self { hydration: true, sharing: true, connections: 8, read_deadline: Duration::from_secs(60) }
+    }
+}
+
+impl Default for ContainerdSettings {
+    fn default() -> Self {
+        Self { address: "/run/containerd/containerd.sock".into() }
     }
 }
 

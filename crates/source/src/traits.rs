@@ -40,9 +40,22 @@ pub trait WindowSource: Send + Sync + std::fmt::Debug {
     async fn windows(&self, layer: &Digest, spans: Range<u32>) -> Result<Vec<Bytes>, SourceError>;
 }
 
-/// Plain file content of one image's layers.
+/// A layer's skeleton on its way: all bytes of the tar that are not content of files, in order, as one zstd stream.
+pub struct Skeleton {
+    /// Bytes of `packed`.
+    pub size: u64,
+    /// The zstd stream. Ends with an error if it has another length.
+    pub packed: ByteStream,
+}
+
+/// What a layer's tar consists of: plain file content, and the skeleton around it.
 #[async_trait]
 pub trait ContentSource: Send + Sync + std::fmt::Debug {
     /// The bytes of `range` of the layer's data address space; alignment gaps read as zeros. Not verified.
     async fn content(&self, layer: &Digest, range: DataRange) -> Result<Bytes, SourceError>;
+
+    /// The skeleton of the layer. Not verified. Fails with [`crate::ErrorKind::NotFound`] where the source keeps none.
+    async fn skeleton(&self, layer: &Digest) -> Result<Skeleton, SourceError> {
+        Err(SourceError::new(crate::ErrorKind::NotFound, format!("no skeleton of layer {layer} here")))
+    }
 }

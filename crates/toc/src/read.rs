@@ -14,6 +14,7 @@ use std::ops::Range;
 use millstream_oci::{DiffId, Digest};
 use zerocopy::{FromBytes, Immutable, KnownLayout};
 
+use crate::build::Compression;
 use crate::format::{
     ContentIx, ContentRecord, DirentRecord, ExtentRecord, FLAG_IMPLIED, FLAG_LATE, FLAG_OPAQUE, FormatError, Header,
     InodeIx, InodeRecord, Kind, MAGIC, NONE, SHORT_DIGEST, SpanRecord, VERSION, XattrRecord, XattrSetRecord,
@@ -95,7 +96,7 @@ impl Toc {
         if header.version.get() != VERSION {
             return Err(FormatError::Version { found: header.version.get() });
         }
-        if header.compression.get() > 1 {
+        if Compression::from_code(header.compression.get()).is_none() {
             return Err(damaged("unknown compression"));
         }
         if header.reserved.get() != 0 {
@@ -137,10 +138,43 @@ impl Toc {
         Digest::of(self.as_bytes())
     }
 
+    /// Whether both are TOCs of the same tar: equal in everything but what only the blob determines, which is its digest,
+    /// size and compression, and the spans. Reads all of both.
+    ///
+    /// # Errors
+    ///
+    /// When a table is gone.
+    pub fn same_tar(&self, other: &Self) -> Result<bool, FormatError> {
+        let sizes = |toc: &Self| (toc.tar_size(), toc.data_size());
+        if self.diff_id() != other.diff_id() || sizes(self) != sizes(other) {
+            return Ok(false);
+        }
+        let spans = Table::Spans as usize;
+        for table in (0..RECORD_SIZES.len()).filter(|table| *table != spans) {
+            let bytes = |toc: &Self| -> Option<Range<usize>> { Some(toc.starts[table]..*toc.starts.get(table + 1)?) };
+            let gone = damaged("file became shorter");
+            let one = bytes(self).and_then(|range| self.as_bytes().get(range)).ok_or(gone.clone())?;
+            let two = bytes(other).and_then(|range| other.as_bytes().get(range)).ok_or(gone)?;
+            if one != two {
+                return Ok(false);
+            }
+        }
+        Ok(true)
+    }
+
     /// The header as it was when the TOC was opened.
     #[must_use]
     pub const fn header(&self) -> &Header {
         &self.header
+    }
+
+    /// How the blob is compressed.
+    ///
+    /// # Errors
+    ///
+    /// When the code is unknown, which [`Toc::open`] has refused.
+    pub fn compression(&self) -> Result<Compression, FormatError> {
+        Compression::from_code(self.header.compression.get()).ok_or(damaged("unknown compression"))
     }
 
     /// Digest of the layer's blob.

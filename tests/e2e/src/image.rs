@@ -39,8 +39,10 @@ impl MediaTypes {
 
     fn layer(self, packing: Packing) -> &'static str {
         match (self, packing) {
-            (Self::Oci, Packing::Zstd) => "application/vnd.oci.image.layer.v1.tar+zstd",
-            (Self::Docker, Packing::Zstd) => "application/vnd.docker.image.rootfs.diff.tar.zstd",
+            (Self::Oci, Packing::Zstd | Packing::ZstdFrames(_)) => "application/vnd.oci.image.layer.v1.tar+zstd",
+            (Self::Docker, Packing::Zstd | Packing::ZstdFrames(_)) => {
+                "application/vnd.docker.image.rootfs.diff.tar.zstd"
+            }
             (Self::Oci, Packing::Plain) => "application/vnd.oci.image.layer.v1.tar",
             (Self::Oci, _) => "application/vnd.oci.image.layer.v1.tar+gzip",
             (Self::Docker, Packing::Plain) => "application/vnd.docker.image.rootfs.diff.tar",

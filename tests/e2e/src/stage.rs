@@ -79,7 +79,16 @@ impl Stage {
     ///
     /// If a program does not start.
     pub fn set() -> Result<Self> {
-        Self::raise(None, false)
+        Self::raise(None, false, true)
+    }
+
+    /// A server that keeps no packed content.
+    ///
+    /// # Errors
+    ///
+    /// If a program does not start.
+    pub fn without_packed_content() -> Result<Self> {
+        Self::raise(None, false, false)
     }
 
     /// A registry that wants a login.
@@ -88,7 +97,7 @@ impl Stage {
     ///
     /// If a program does not start.
     pub fn with_login(login: &Login) -> Result<Self> {
-        Self::raise(Some(login.clone()), false)
+        Self::raise(Some(login.clone()), false, true)
     }
 
     /// A registry behind a [`Spoiler`].
@@ -97,10 +106,10 @@ impl Stage {
     ///
     /// If a program does not start.
     pub fn with_spoiler() -> Result<Self> {
-        Self::raise(None, true)
+        Self::raise(None, true, true)
     }
 
-    fn raise(login: Option<Login>, spoiled: bool) -> Result<Self> {
+    fn raise(login: Option<Login>, spoiled: bool, packed_content: bool) -> Result<Self> {
         let work = Workdir::new()?;
         let options = RegistryOptions { login: login.clone(), ..RegistryOptions::loopback()? };
         let registry = Registry::start(&work, options)?;
@@ -120,6 +129,7 @@ impl Stage {
             certs_d: certs_d.clone(),
             import_on_demand: false,
             max_entries: None,
+            packed_content,
         };
         let server = Some(Server::start(&work, &server_options, None)?);
         let layout = work.dir("layout")?;
@@ -162,9 +172,18 @@ impl Stage {
     ///
     /// If it cannot be written or pushed.
     pub fn push(&self, name: &str, image: &Image) -> Result<Pushed> {
+        self.push_as(name, image, &format!("{name}:1"))
+    }
+
+    /// Puts an image into the registry under this repository and tag; `name` is what the layout has it under.
+    ///
+    /// # Errors
+    ///
+    /// If it cannot be written or pushed.
+    pub fn push_as(&self, name: &str, image: &Image, name_and_tag: &str) -> Result<Pushed> {
         let info = image.write(&self.layout, name)?;
-        self.registry()?.push(&self.layout, name, &format!("{name}:1"))?;
-        Ok(Pushed { reference: format!("{}/{name}:1", self.host()?), info })
+        self.registry()?.push(&self.layout, name, name_and_tag)?;
+        Ok(Pushed { reference: format!("{}/{name_and_tag}", self.host()?), info })
     }
 
     /// Puts many images into the repository `name`, where each is known by its digest.
@@ -243,6 +262,11 @@ impl Stage {
         format!("http://{}", self.server_options.address)
     }
 
+    /// Directory in the manner of `certs.d` that knows the registry.
+    pub fn certs_d(&self) -> &Path {
+        &self.certs_d
+    }
+
     /// Settings of a node that knows registry and server.
     pub fn node_options(&self) -> NodeOptions {
         NodeOptions::new(&self.server_address(), &self.certs_d)
@@ -266,6 +290,22 @@ impl Stage {
         Containerd::start(&self.work, self.containerd_options(version, node.snapshotter(), transfer)?)
     }
 
+    /// The same, but clients do not say what they pull, and the node may ask this containerd: it need not run yet.
+    ///
+    /// # Errors
+    ///
+    /// If it does not start.
+    pub fn unlabelled(&self, version: Version, node: &Node) -> Result<Containerd> {
+        let options = self.containerd_options(version, node.snapshotter(), true)?;
+        Containerd::start(&self.work, ContainerdOptions { labels: false, ..options })
+    }
+
+    /// Settings of a node that may ask the containerd of this version, without background downloads.
+    pub fn asking_options(&self, version: Version) -> NodeOptions {
+        let socket = self.work.path().join(ContainerdOptions::dir_name(version)).join("c.sock");
+        NodeOptions { containerd: Some(socket), hydration: false, ..self.node_options() }
+    }
+
     /// Debian's containerd on its own overlayfs beside the other: what is true.
     ///
     /// # Errors
@@ -275,28 +315,36 @@ impl Stage {
         self.oracle_of(Version::V1)
     }
 
-    /// The same of another version; one of each may stand beside the other.
+    /// The same of another version; one of each major one may stand beside the other.
     ///
     /// # Errors
     ///
     /// If it does not start.
     pub fn oracle_of(&self, version: Version) -> Result<Containerd> {
         let options = self.containerd_options(version, Snapshotter::Overlayfs, false)?;
-        let name = match version {
-            Version::V1 => "oracle",
-            Version::V2 => "oracle2",
-        };
-        Containerd::start_as(&self.work, name, options)
+        Containerd::start_as(&self.work, &format!("oracle{}", version.major()), options)
     }
 
-    fn containerd_options(
+    /// How [`Stage::containerd`] sets one up.
+    ///
+    /// # Errors
+    ///
+    /// If the registry was stopped.
+    pub fn containerd_options(
         &self,
         version: Version,
         snapshotter: Snapshotter,
         transfer: bool,
     ) -> Result<ContainerdOptions> {
         let pause_image = format!("{}/pause:1", self.host()?);
-        Ok(ContainerdOptions { version, snapshotter, pause_image, certs_d: self.certs_d.clone(), transfer })
+        Ok(ContainerdOptions {
+            version,
+            snapshotter,
+            pause_image,
+            certs_d: self.certs_d.clone(),
+            transfer,
+            labels: true,
+        })
     }
 
     /// CRI of this containerd.
@@ -415,11 +463,20 @@ pub fn layers_of(node: &Node, image: &Pushed) -> Result<Vec<LayerStatus>> {
 ///
 /// If they are not within a minute; the error says what they are instead.
 pub fn await_verified(node: &Node, image: &Pushed) -> Result<()> {
+    await_verified_within(node, image, PATIENCE)
+}
+
+/// The same with another deadline.
+///
+/// # Errors
+///
+/// If they are not within it; the error says what they are instead.
+pub fn await_verified_within(node: &Node, image: &Pushed, deadline: Duration) -> Result<()> {
     let mut wanted = image.layers();
     wanted.sort_unstable();
     wanted.dedup();
     let mut seen = Vec::new();
-    let found = eventually("every layer to be verified", PATIENCE, || {
+    let found = eventually("every layer to be verified", deadline, || {
         seen = layers_of(node, image).unwrap_or_default();
         (seen.len() == wanted.len() && seen.iter().all(|layer| layer.state() == State::Verified)).then_some(())
     });

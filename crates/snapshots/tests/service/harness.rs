@@ -41,6 +41,11 @@ pub(crate) struct Images {
 }
 
 impl Images {
+    /// None yet; directories of views are made below `views`.
+    pub(crate) fn in_directory(views: PathBuf) -> Self {
+        Self { views, ..Self::default() }
+    }
+
     /// Lets `target` be lazy, shown by a directory that `fill` fills.
     pub(crate) fn lazy(&self, target: &str, fill: impl FnOnce(&Path)) -> Digest {
         let layer = Digest::of(target.as_bytes());
@@ -113,7 +118,7 @@ pub(crate) struct Service {
 impl Service {
     pub(crate) async fn start() -> Self {
         let temp = Arc::new(tempfile::tempdir().unwrap());
-        let images = Arc::new(Images { views: temp.path().join("root/v"), ..Images::default() });
+        let images = Arc::new(Images::in_directory(temp.path().join("root/v")));
         Self::start_in(temp, images, Options::default()).await
     }
 

@@ -3,7 +3,9 @@
 
 #![allow(clippy::unwrap_used, clippy::expect_used, reason = "tests")]
 
+mod contract;
 mod harness;
+mod model;
 mod recovery;
 mod remote;
 mod suite;

@@ -11,18 +11,18 @@ use tonic::Code;
 
 use crate::harness::{Labels, Mounted, Service, can_mount, code, eventually, labels};
 
-const REF: &str = "containerd.io/snapshot.ref";
+pub(crate) const REF: &str = "containerd.io/snapshot.ref";
 
-fn target(name: &str) -> String {
+pub(crate) fn target(name: &str) -> String {
     Digest::of(format!("chain {name}").as_bytes()).to_string()
 }
 
-fn offer(target: &str) -> Labels {
+pub(crate) fn offer(target: &str) -> Labels {
     labels(&[(REF, target), ("containerd.io/snapshot/cri.image-ref", "docker.io/library/nginx:1")])
 }
 
 /// What containerd's metadata layer asks after `ALREADY_EXISTS`: the committed snapshots that it finds.
-async fn search(service: &Service, target: &str, parent: &str) -> Vec<String> {
+pub(crate) async fn search(service: &Service, target: &str, parent: &str) -> Vec<String> {
     let filter = format!("labels.\"{REF}\"=={target},parent==\"{parent}\"");
     let mut found = service.list(&[&filter]).await.unwrap();
     found.retain(|info| info.kind == 3);
@@ -31,7 +31,7 @@ async fn search(service: &Service, target: &str, parent: &str) -> Vec<String> {
 }
 
 /// Skips a layer as containerd does, and gives the name of its snapshot.
-async fn skip(service: &Service, key: &str, parent: &str, target: &str) -> String {
+pub(crate) async fn skip(service: &Service, key: &str, parent: &str, target: &str) -> String {
     assert_eq!(code(service.prepare(key, parent, offer(target)).await), Code::AlreadyExists);
     assert_eq!(code(service.stat(key).await), Code::NotFound, "the extract key leaked");
     let mut found = search(service, target, parent).await;

@@ -148,7 +148,7 @@ impl<'s> Contents<'s> {
     ) -> Result<(), BuildError> {
         let mut buffer = &mut self.chunk[part];
         while !buffer.is_empty() {
-            let read = tar.read(buffer).map_err(|error| self.shared.blame(error))?;
+            let read = self.shared.in_content(|| tar.read(buffer)).map_err(|error| self.shared.blame(error))?;
             if read == 0 {
                 return Err(BuildError::invalid("a file is shorter than its header says"));
             }

@@ -58,6 +58,7 @@ impl Stage {
             certs_d: certs_d.clone(),
             import_on_demand: false,
             max_entries: None,
+            packed_content: true,
         };
         let server = Server::start(&work, &options, Some(&link))?;
         let address = link.expose(SERVER_PORT, listen)?;

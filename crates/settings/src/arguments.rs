@@ -1,0 +1,53 @@
+//! The command lines of both daemons, defined once: the daemons parse them, `millstream man` and `millstream completions`
+//! describe them.
+
+use std::path::PathBuf;
+
+use clap::{Parser, Subcommand};
+
+/// Of `millstreamd`: the node daemon of Millstream. Containers start before their image has arrived.
+#[derive(Debug, Parser)]
+#[command(
+    name = "millstreamd",
+    version,
+    about = "The node daemon of Millstream: containers start before their image has arrived"
+)]
+pub struct NodeArguments {
+    /// Absent: the daemon itself.
+    #[command(subcommand)]
+    pub command: Option<NodeCommand>,
+    /// Settings; the defaults without it.
+    #[arg(long, global = true, value_name = "FILE")]
+    pub config: Option<PathBuf>,
+    /// Read and check the settings, then end.
+    #[arg(long)]
+    pub check_config: bool,
+}
+
+/// What `millstreamd` runs as.
+#[derive(Debug, Subcommand)]
+pub enum NodeCommand {
+    /// Started by the supervisor only.
+    #[command(hide = true)]
+    Worker {
+        /// How many workers of this supervisor died before.
+        #[arg(long, default_value_t = 0)]
+        restarts: u64,
+    },
+}
+
+/// Of `millstream-server`.
+#[derive(Debug, Parser)]
+#[command(
+    name = "millstream-server",
+    version,
+    about = "Makes and serves tables of contents of container images, so that containers start before their image has arrived"
+)]
+pub struct ServerArguments {
+    /// Settings file (TOML).
+    #[arg(long, value_name = "FILE")]
+    pub config: PathBuf,
+    /// Check the settings file and exit.
+    #[arg(long)]
+    pub check_config: bool,
+}
