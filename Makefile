@@ -3,19 +3,35 @@
 # The oldest toolchain that can build it; Cargo.toml says the same to cargo.
 RUST := 1.90
 
-.PHONY: help build check fmt lint test unit e2e clients big demo bench fuzz docs deny tools toolchain
+.PHONY: help build install check fmt lint test unit e2e clients big demo bench fuzz docs deny tools toolchain
 
 help: ## list the doors
 	@awk -F':.*## ' '/^[a-z0-9-]+:.*## / { printf "  make %-10s %s\n", $$1, $$2 }' Makefile
 
 toolchain:
 	@command -v cargo >/dev/null || { echo "cargo is missing; hint: install Rust $(RUST) or newer with rustup" >&2; exit 1; }
+	@command -v cc >/dev/null || { echo "a C compiler is missing; hint: apt-get install gcc libc6-dev" >&2; exit 1; }
 	@have=$$(cargo --version | cut -d' ' -f2); \
 	oldest=$$(printf '%s\n%s\n' "$(RUST)" "$$have" | sort -V | head -n 1); \
 	[ "$$oldest" = "$(RUST)" ] || { echo "Rust $$have is too old, $(RUST) is the oldest that works; hint: rustup update stable" >&2; exit 1; }
 
 build: toolchain ## build the release binaries: millstreamd, millstream-server, millstream
 	cargo build --release --locked -p millstream-node -p millstream-server -p millstream-cli
+
+PREFIX ?= /usr/local
+SHARE := $(DESTDIR)$(PREFIX)/share
+
+install: build ## install programs, manual and completions below PREFIX (/usr/local)
+	install -D -m 0755 -t $(DESTDIR)$(PREFIX)/bin target/release/millstreamd target/release/millstream-server target/release/millstream
+	rm -rf target/man && mkdir -p target/man && target/release/millstream man target/man >/dev/null
+	install -D -m 0644 -t $(SHARE)/man/man1 target/man/*.1
+	install -D -m 0644 -t $(SHARE)/man/man8 target/man/*.8
+	install -d $(SHARE)/bash-completion/completions $(SHARE)/zsh/site-functions $(SHARE)/fish/vendor_completions.d
+	for program in millstream millstreamd millstream-server; do \
+		target/release/millstream completions bash $$program > $(SHARE)/bash-completion/completions/$$program; \
+		target/release/millstream completions zsh $$program > $(SHARE)/zsh/site-functions/_$$program; \
+		target/release/millstream completions fish $$program > $(SHARE)/fish/vendor_completions.d/$$program.fish; \
+	done
 
 check: fmt lint ## what continuous integration asks of the sources
 
@@ -39,7 +55,7 @@ test: toolchain tools ## all tests; needs root
 	tests/tools/test.sh --workspace
 
 unit: toolchain ## tests of the crates only
-	tests/tools/test.sh --workspace --exclude millstream-e2e
+	tests/tools/test.sh --workspace --exclude millstream-e2e --features millstream-wire/cri
 
 e2e: toolchain ## tests with real containerd, runc, registry and mounts only; needs root
 	cargo test --workspace --no-run --locked
