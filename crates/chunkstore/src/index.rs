@@ -142,6 +142,22 @@ impl Index {
         })
     }
 
+    /// Records layers in state [`LayerState::Lazy`], each a digest and that of its TOC, under the next free numbers.
+    pub(crate) fn put_layers(
+        &self,
+        layers: impl Iterator<Item = (Digest, Digest)>,
+    ) -> Result<Vec<LayerRecord>, StoreError> {
+        self.change(|tx| {
+            layers
+                .map(|(digest, toc)| {
+                    let record = LayerRecord { number: next_number(tx, "layer")?, toc, state: LayerState::Lazy };
+                    put(tx, &digest, &record)?;
+                    Ok(record)
+                })
+                .collect()
+        })
+    }
+
     pub(crate) fn set_state(&self, digest: &Digest, state: &LayerState) -> Result<(), StoreError> {
         self.change(|tx| {
             let record = {

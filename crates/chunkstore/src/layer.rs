@@ -454,11 +454,11 @@ fn load_presence(dir: &Path, toc: &Toc, record: &LayerRecord, data_kept: bool) -
         Ok(_) if !data_kept => {}
         Ok(bytes) => match presence::decode(&bytes, toc.chunk_count(), &record.toc) {
             Some(words) => return Presence::from_words(words),
-            None => tracing::warn!(path = %path.display(), "presence file is damaged; the layer starts empty"),
+            None => tracing::warn!(file = %path.display(), "presence file is damaged; the layer starts empty"),
         },
         Err(error) if error.kind() == std::io::ErrorKind::NotFound => {}
         Err(error) => {
-            tracing::warn!(path = %path.display(), %error, "presence file cannot be read; the layer starts empty")
+            tracing::warn!(file = %path.display(), %error, "presence file cannot be read; the layer starts empty")
         }
     }
     Presence::empty(toc.chunk_count())

@@ -75,6 +75,31 @@ fn admission_is_idempotent_and_numbers_are_never_used_twice() {
 }
 
 #[test]
+fn the_layers_of_an_image_are_taken_in_together() {
+    let place = Place::new();
+    let tocs = [toc(2), toc(1), toc(2), toc(3)];
+    {
+        let store = place.open();
+        let first = store.admit(&toc(1)).unwrap();
+        for (step, left) in [(Step::WriteTemporary, 1), (Step::SyncDirectory, 1), (Step::Commit, 1)] {
+            place.faults.fail(step, ENOSPC);
+            assert!(matches!(store.admit_all(&tocs), Err(StoreError::NoSpace { .. })), "{step:?}");
+            place.faults.heal();
+            assert_eq!(store.layers().len(), left, "{step:?}");
+        }
+        store.admit_all(&tocs).unwrap();
+        store.admit_all(&tocs).unwrap();
+        assert!(Arc::ptr_eq(&first, &store.admit(&toc(1)).unwrap()));
+        first.quarantine("the TOC lies").unwrap();
+        store.admit_all(&tocs).unwrap();
+        assert!(matches!(store.admit_all(&[toc(4), b"no TOC".to_vec()]), Err(StoreError::Toc(_))));
+    }
+    let store = place.open();
+    let number = |seed| store.admit(&toc(seed)).unwrap().number();
+    assert_eq!((number(2), number(3), store.layers().len()), (2, 3, 3));
+}
+
+#[test]
 fn only_what_was_synced_is_present_after_a_restart() {
     let place = Place::new();
     let digest = {

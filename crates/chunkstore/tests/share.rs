@@ -7,7 +7,7 @@ use std::collections::HashMap;
 use std::sync::Arc;
 
 use fixture::{Place, chunks, noise, read, tar};
-use millstream_chunkstore::{Layer, LayerState, Step, Store, StoreError};
+use millstream_chunkstore::{Layer, Step, Store, StoreError};
 use millstream_toc::{BuildOptions, BuildSink, Compression, DataRange, build};
 use proptest::prelude::*;
 
@@ -360,4 +360,90 @@ proptest! {
             }
         }
     }
+}
+
+/// A file system of its own that shares blocks between files; gone when it is dropped.
+struct Xfs(tempfile::TempDir);
+
+impl Xfs {
+    /// `None`, and a line that says so, where this machine cannot have one.
+    fn mount() -> Option<Self> {
+        let dir = tempfile::tempdir().unwrap();
+        let (image, point) = (dir.path().join("image"), dir.path().join("mounted"));
+        std::fs::File::create(&image).unwrap().set_len(512 << 20).unwrap();
+        std::fs::create_dir(&point).unwrap();
+        let run = |program: &str, arguments: &[&std::ffi::OsStr]| {
+            let output = std::process::Command::new(program).args(arguments).output();
+            output.is_ok_and(|output| output.status.success())
+        };
+        let made = run("mkfs.xfs", &["-q".as_ref(), image.as_ref()])
+            && run("mount", &["-o".as_ref(), "loop".as_ref(), image.as_ref(), point.as_ref()]);
+        if !made {
+            assert!(std::env::var_os("MILLSTREAM_REQUIRE_ALL").is_none(), "mkfs.xfs and a loop mount are required");
+            println!("skipped: needs mkfs.xfs and the right to mount");
+        }
+        made.then_some(Self(dir))
+    }
+
+    fn point(&self) -> std::path::PathBuf {
+        self.0.path().join("mounted")
+    }
+
+    fn used(&self) -> u64 {
+        let disk = rustix::fs::statvfs(self.point()).unwrap();
+        (disk.f_blocks - disk.f_bfree) * disk.f_frsize
+    }
+}
+
+impl Drop for Xfs {
+    fn drop(&mut self) {
+        let _ = std::process::Command::new("umount").arg(self.point()).status();
+    }
+}
+
+#[test]
+fn where_files_can_share_blocks_nothing_is_copied() {
+    let Some(xfs) = Xfs::mount() else { return };
+    let place = Place { dir: tempfile::tempdir_in(xfs.point()).unwrap(), faults: Arc::default() };
+    let store = place.open();
+    let files: Vec<(String, Vec<u8>)> = (0..100).map(|n| (format!("f{n}"), noise(n + 1, 400_000))).collect();
+    let all: Vec<(&str, Vec<u8>)> = files.iter().map(|(name, bytes)| (name.as_str(), bytes.clone())).collect();
+    let (old, new) = (made(&all), made(&[&[("first", noise(777, 10))], &all[..]].concat()));
+    old.filled(&store).set_verified().unwrap();
+    let layer = new.admit(&store);
+    let before = xfs.used();
+    assert_eq!(store.shares(&layer).unwrap().copy(ALL).unwrap(), 40_000_000);
+    layer.sync().unwrap();
+    let grown = xfs.used().saturating_sub(before);
+    assert!(grown < 4_000_000, "{grown} more bytes on the disk");
+    assert_eq!(new.check(&layer), 100 * 13);
+    drop((layer, store, place));
+}
+
+/// `cargo test --release -p millstream-chunkstore --test share -- --ignored --nocapture` says what a comparison costs.
+#[test]
+#[ignore = "a measurement"]
+fn comparing_with_a_hundred_layers_of_ten_thousand_files() {
+    let place = Place::new();
+    let store = place.open();
+    let files = |layer: u32| {
+        let names: Vec<String> = (0..10_000).map(|n| format!("f{n}")).collect();
+        let contents = (0..10_000u32).map(|n| (layer * 10_000 + n).to_le_bytes().repeat(5));
+        let all: Vec<_> = names.iter().map(String::as_str).zip(contents).collect();
+        made(&all)
+    };
+    for layer in 1..=100 {
+        files(layer).filled(&store).set_verified().unwrap();
+    }
+    let new = made(&[&[("new", noise(1, 10))], &[("same", 500_000u32.to_le_bytes().repeat(5))][..]].concat());
+    let (small, large) = (new.admit(&store), files(200).admit(&store));
+    for what in ["making all keys", "again"] {
+        for (name, layer) in [("2", &small), ("10,000", &large)] {
+            let started = std::time::Instant::now();
+            let shares = store.shares(layer).unwrap();
+            println!("{what}: a layer of {name} files in {:.0?}, found: {}", started.elapsed(), !shares.is_empty());
+        }
+    }
+    let shares = store.shares(&small).unwrap();
+    assert_eq!(shares.copy(ALL).unwrap(), 20);
 }

@@ -1,6 +1,8 @@
 //! The real binary: alone, and with a real millstreamd where one can run.
 #![allow(clippy::unwrap_used, reason = "a test that panics has found something")]
 
+use std::io::{Read, Write};
+use std::net::{SocketAddr, TcpListener, TcpStream};
 use std::path::{Path, PathBuf};
 use std::process::{Child, Command, Output, Stdio};
 use std::time::{Duration, Instant};
@@ -200,6 +202,7 @@ fn the_doctor_finds_what_is_not_there() {
 struct Daemon {
     process: Child,
     dir: tempfile::TempDir,
+    metrics: SocketAddr,
 }
 
 impl Daemon {
@@ -213,9 +216,12 @@ impl Daemon {
         }
         let dir = tempfile::tempdir().unwrap();
         let (root, settings) = (dir.path().join("root"), dir.path().join("settings.toml"));
-        std::fs::write(&settings, format!("root = {root:?}\nsocket = {:?}\n", dir.path().join("s"))).unwrap();
+        // Free a moment ago; who takes it meanwhile makes the test fail, not lie.
+        let metrics = TcpListener::bind("127.0.0.1:0").unwrap().local_addr().unwrap();
+        let text = format!("root = {root:?}\nsocket = {:?}\n[metrics]\nlisten = \"{metrics}\"\n", dir.path().join("s"));
+        std::fs::write(&settings, text).unwrap();
         let process = Command::new(program).arg("--config").arg(settings).stderr(Stdio::null()).spawn().unwrap();
-        let daemon = Self { process, dir };
+        let daemon = Self { process, dir, metrics };
         let deadline = Instant::now() + Duration::from_secs(60);
         while code(&daemon.ask(&["status"])) != 0 {
             assert!(Instant::now() < deadline, "millstreamd does not answer");
@@ -225,6 +231,14 @@ impl Daemon {
 
     fn ask(&self, arguments: &[&str]) -> Output {
         millstream(&[arguments, &["--socket", self.dir.path().join("s").to_str().unwrap()]].concat())
+    }
+
+    fn get(&self, path: &str) -> String {
+        let mut stream = TcpStream::connect(self.metrics).unwrap();
+        write!(stream, "GET {path} HTTP/1.1\r\nHost: localhost\r\n\r\n").unwrap();
+        let mut answer = String::new();
+        stream.read_to_string(&mut answer).unwrap();
+        answer
     }
 
     fn json(&self, arguments: &[&str]) -> Value {
@@ -266,6 +280,13 @@ fn a_real_daemon_answers_every_command() {
     assert_eq!(code(&none), 4);
     let text = stderr(&none);
     assert!(text.contains("fetching app:1") && text.contains("hint: `millstream explain app:1`"), "{text}");
+    let metrics = daemon.get("/metrics");
+    assert!(metrics.contains("\nmillstream_worker_restarts_total 0\n"), "{metrics}");
+    assert!(metrics.contains("\nmillstream_streaming_enabled 1\n"), "{metrics}");
+    for probe in ["/healthz", "/readyz"] {
+        let answer = daemon.get(probe);
+        assert!(answer.starts_with("HTTP/1.1 200"), "{probe}: {answer}");
+    }
     let settings = daemon.dir.path().join("settings.toml");
     let doctor = daemon.ask(&["doctor", "--config", settings.to_str().unwrap()]);
     let text = stdout(&doctor);

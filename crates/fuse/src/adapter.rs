@@ -17,7 +17,7 @@ use millstream_source::names;
 use millstream_toc::DataRange;
 use millstream_toc::format::Kind;
 use tokio::runtime::Handle;
-use tracing::{debug, info, warn};
+use tracing::{Instrument, debug, debug_span, info, warn};
 
 use crate::errno;
 
@@ -180,12 +180,15 @@ impl<C: Content> Filesystem for Adapter<C> {
             Ok(Some(bytes)) => reply.data(&bytes),
             Ok(None) => {
                 let content = Arc::clone(&self.content);
-                self.runtime.spawn(async move {
+                // What is logged on the way to the bytes names the read. Reads of what is local are too many for that.
+                let span = debug_span!("read", ?node, { names::OFFSET } = offset, { names::SIZE } = size);
+                let answer = async move {
                     match content.read_remote(request).await {
                         Ok(bytes) => reply.data(&bytes),
                         Err(error) => reply.error(errno::of_content(&error)),
                     }
-                });
+                };
+                self.runtime.spawn(answer.instrument(span));
             }
             Err(error) => reply.error(errno::of_content(&error)),
         }

@@ -13,6 +13,8 @@ use tokio::sync::watch;
 use tokio::time::{Instant, timeout};
 use tracing::{error, warn};
 
+use crate::metrics::{NodeMetrics, ReadResult};
+
 /// How long a read waits, after a start, for the fetcher to learn where its layer comes from.
 const RESUME_PATIENCE: Duration = Duration::from_secs(60);
 /// How often it looks: layers become known one image after the other.
@@ -25,14 +27,15 @@ pub struct NodeContent {
     fetcher: Arc<Fetcher>,
     /// Whether the fetcher knows the sources of all layers that were here before the start.
     resumed: watch::Receiver<bool>,
+    metrics: NodeMetrics,
 }
 
 impl NodeContent {
     /// Reads from `store`, lets `fetcher` fill it. Until `resumed` is true (or its sender is gone), a layer without sources is
     /// waited for: a container that read while the worker died sees a pause, not an error.
     #[must_use]
-    pub fn new(store: Arc<Store>, fetcher: Arc<Fetcher>, resumed: watch::Receiver<bool>) -> Self {
-        Self { store, fetcher, resumed }
+    pub fn new(store: Arc<Store>, fetcher: Arc<Fetcher>, resumed: watch::Receiver<bool>, metrics: NodeMetrics) -> Self {
+        Self { store, fetcher, resumed, metrics }
     }
 }
 
@@ -104,46 +107,66 @@ fn read_present(layer: &Layer, request: &ReadRequest) -> Result<Option<Vec<u8>>,
 
 impl Content for NodeContent {
     fn read_local(&self, request: &ReadRequest) -> Result<Option<Vec<u8>>, ContentError> {
-        let layer = layer(&self.store, request)?;
-        read_present(&layer, request)
+        let read = layer(&self.store, request).and_then(|layer| read_present(&layer, request));
+        match &read {
+            Ok(Some(_)) => self.metrics.read(ReadResult::Local),
+            // Counted when it has come.
+            Ok(None) => {}
+            Err(_) => self.metrics.read(ReadResult::Failed),
+        }
+        read
     }
 
     fn read_remote(&self, request: ReadRequest) -> Later<Result<Vec<u8>, ContentError>> {
         let (store, fetcher) = (Arc::clone(&self.store), Arc::clone(&self.fetcher));
-        let resumed = self.resumed.clone();
+        let (resumed, metrics) = (self.resumed.clone(), self.metrics.clone());
         Box::pin(async move {
-            let layer = layer(&store, &request)?;
-            match ensure(&fetcher, &layer, &request, resumed).await {
-                Ok(()) => {
-                    let stored = Arc::clone(&layer);
-                    let read = tokio::task::spawn_blocking(move || read_present(&stored, &request));
-                    let read = read.await.map_err(|failure| {
-                        warn!(%failure, "reading from the store was cut off");
-                        ContentError::Unavailable
-                    })?;
-                    if let Some(bytes) = read? {
-                        return Ok(bytes);
-                    }
-                    // It came for a successor of this layer, which was removed and admitted again meanwhile; or the disk failed
-                    // to keep it.
-                    if store.layer_by_number(request.layer).is_none() {
-                        return Err(ContentError::Gone);
-                    }
-                }
-                // The disk is full or fails: the reader gets its bytes all the same, they are only not kept.
-                Err(failure) if failure.kind == ErrorKind::Local => {
-                    warn!({ names::LAYER } = %layer.digest(), %failure, "serving without storing");
-                }
-                Err(failure) => {
-                    report(&layer, &request, failure.kind.code(), &failure);
-                    return Err(ContentError::Unavailable);
-                }
-            }
-            let fetched = fetcher.fetch_unstored(&layer.digest(), request.wanted).await;
-            fetched.map(Vec::from).map_err(|failure| {
-                report(&layer, &request, failure.kind.code(), &failure);
-                ContentError::Unavailable
-            })
+            let begun = Instant::now();
+            let read = fetch(store, fetcher, request, resumed).await;
+            metrics.waited(begun.elapsed());
+            metrics.read(if read.is_ok() { ReadResult::Fetched } else { ReadResult::Failed });
+            read
         })
     }
+}
+
+/// What `request` wants, fetched as far as it is missing.
+async fn fetch(
+    store: Arc<Store>,
+    fetcher: Arc<Fetcher>,
+    request: ReadRequest,
+    resumed: watch::Receiver<bool>,
+) -> Result<Vec<u8>, ContentError> {
+    let layer = layer(&store, &request)?;
+    match ensure(&fetcher, &layer, &request, resumed).await {
+        Ok(()) => {
+            let stored = Arc::clone(&layer);
+            let read = tokio::task::spawn_blocking(move || read_present(&stored, &request));
+            let read = read.await.map_err(|failure| {
+                warn!(error = %failure, "reading from the store was cut off");
+                ContentError::Unavailable
+            })?;
+            if let Some(bytes) = read? {
+                return Ok(bytes);
+            }
+            // It came for a successor of this layer, which was removed and admitted again meanwhile; or the disk failed
+            // to keep it.
+            if store.layer_by_number(request.layer).is_none() {
+                return Err(ContentError::Gone);
+            }
+        }
+        // The disk is full or fails: the reader gets its bytes all the same, they are only not kept.
+        Err(failure) if failure.kind == ErrorKind::Local => {
+            warn!({ names::LAYER } = %layer.digest(), error = %failure, "serving without storing");
+        }
+        Err(failure) => {
+            report(&layer, &request, failure.kind.code(), &failure);
+            return Err(ContentError::Unavailable);
+        }
+    }
+    let fetched = fetcher.fetch_unstored(&layer.digest(), request.wanted).await;
+    fetched.map(Vec::from).map_err(|failure| {
+        report(&layer, &request, failure.kind.code(), &failure);
+        ContentError::Unavailable
+    })
 }

@@ -31,13 +31,13 @@ fn run() -> anyhow::Result<()> {
     start_logging(&settings.log)?;
     match arguments.command {
         None => supervisor::run(&settings, arguments.config.as_deref()),
-        Some(NodeCommand::Worker) => {
+        Some(NodeCommand::Worker { restarts }) => {
             let inherited = worker::Inheritance::take()?;
             rustls::crypto::ring::default_provider()
                 .install_default()
                 .map_err(|_| anyhow!("a TLS provider is installed already"))?;
             let runtime = tokio::runtime::Builder::new_multi_thread().enable_all().thread_name("worker").build()?;
-            let result = runtime.block_on(worker::run(&settings, inherited));
+            let result = runtime.block_on(worker::run(&settings, inherited, restarts));
             // Reads that still wait for a source must not hold up the end. To drop them would answer EIO; unanswered, they wait
             // for the next worker, or end with the mount.
             std::mem::forget(runtime);

@@ -154,7 +154,7 @@ impl Gathered {
         let counters = fetcher.counters();
         let tables = self.images.origins.server.as_ref().map_or(0, |server| server.metadata_bytes());
         let [local, fetched, failed] = self.reads.each_ref().map(Counter::get);
-        let rows: [Row<'_>; 4] = [
+        let rows: [Row<'_>; 5] = [
             (
                 "fetched",
                 "Bytes received, by what for: compressed bytes of layers for readers, ahead of readers and for hydration, \
@@ -168,6 +168,13 @@ impl Gathered {
                     ("purpose", "content", counters.content_bytes),
                     ("purpose", "table", tables),
                 ],
+            ),
+            (
+                "shared",
+                "Bytes of file content taken over from other layers of this node instead of being fetched.",
+                Some(Unit::Bytes),
+                MetricType::Counter,
+                &[("", "", counters.shared_bytes)],
             ),
             (
                 "reads",
@@ -284,5 +291,60 @@ impl Collector for Gathered {
     fn encode(&self, mut encoder: DescriptorEncoder) -> fmt::Result {
         self.counters(&mut encoder)?;
         self.levels(&mut encoder)
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use millstream_chunkstore::{Store, StoreOptions};
+    use millstream_layerfs::LayerFs;
+    use millstream_metrics::documents::{documented, exported};
+    use millstream_prefetch::{FetchOptions, Fetcher};
+    use millstream_registry::{Registry as Registries, RegistryOptions};
+    use millstream_snapshots::Reason;
+    use prometheus_client::encoding::text::encode;
+    use redb::Database;
+
+    use super::*;
+    use crate::catalog::Catalog;
+    use crate::images::Reporter;
+    use crate::origin::Origins;
+    use crate::views::Views;
+
+    /// A node without layers, as the worker puts it together.
+    fn images(root: &std::path::Path, metrics: &NodeMetrics) -> Arc<NodeImages> {
+        let db = Arc::new(Database::create(root.join("db")).unwrap());
+        let store = Arc::new(Store::open(root, Arc::clone(&db), StoreOptions::default()).unwrap());
+        let runtime = tokio::runtime::Handle::current();
+        let fetcher = Fetcher::new(Arc::clone(&store), FetchOptions::default(), Arc::new(Reporter), runtime);
+        let views = Arc::new(Views::new(Arc::clone(&store), Arc::new(LayerFs::new()), root.join("m")));
+        let registry = Registries::new(RegistryOptions::default()).unwrap();
+        let origins = Origins { registry, server: None, docker_config: None, metrics: metrics.clone() };
+        Arc::new(NodeImages::new(store, fetcher, views, Catalog::open(db).unwrap(), origins, Duration::from_secs(1)))
+    }
+
+    #[tokio::test]
+    async fn the_document_names_every_metric_and_nothing_else_is_exported() {
+        let root = tempfile::tempdir().unwrap();
+        let metrics = NodeMetrics::default();
+        let registry = metrics.registry(images(root.path(), &metrics), 3);
+        assert_eq!(exported(&registry), documented(include_str!("../METRICS.md")), "left: exported, right: METRICS.md");
+        metrics.read(ReadResult::Fetched);
+        metrics.answered(&PrepareOutcome::Deferred { reason: Reason::new("server.not-imported", "why".to_owned()) });
+        let mut page = String::new();
+        encode(&mut page, &registry).unwrap();
+        for sample in [
+            "millstream_reads_total{result=\"fetched\"} 1\n",
+            "millstream_reads_total{result=\"local\"} 0\n",
+            "millstream_layer_decisions_total{outcome=\"deferred\",code=\"server.not-imported\"} 1\n",
+            "millstream_worker_restarts_total 3\n",
+            "millstream_store_missing_bytes 0\n",
+            "millstream_layers{state=\"lazy\"} 0\n",
+        ] {
+            assert!(page.contains(sample), "{sample} in\n{page}");
+        }
+        for label in ["image=", "digest=", "layer=", "path="] {
+            assert!(!page.contains(label), "{label} has no bound");
+        }
     }
 }

@@ -11,6 +11,8 @@ use millstream_prefetch::ImageSources;
 use millstream_registry::{Credential, Registry, Repository, docker_config_credential};
 use millstream_source::{BlobSource, ErrorKind, SourceError, WindowSource};
 
+use crate::counted::counted;
+use crate::metrics::NodeMetrics;
 use crate::server_client::{ImageScope, Server, ServerSource};
 
 /// The outside world of this node.
@@ -22,6 +24,8 @@ pub struct Origins {
     pub server: Option<Server>,
     /// A docker `config.json` with credentials.
     pub docker_config: Option<PathBuf>,
+    /// Counts requests for content.
+    pub metrics: NodeMetrics,
 }
 
 /// The origin of one image.
@@ -34,6 +38,7 @@ pub struct Origin {
     /// The image as the server is asked for it.
     pub scope: ImageScope,
     server: Option<Server>,
+    metrics: NodeMetrics,
 }
 
 impl Origins {
@@ -51,6 +56,7 @@ impl Origins {
             repository: Arc::new(self.registry.repository(image, credential.clone())),
             scope: ImageScope { repository: image.name(), manifest, credential },
             server: self.server.clone(),
+            metrics: self.metrics.clone(),
         })
     }
 }
@@ -73,10 +79,12 @@ impl Origin {
     #[must_use]
     pub fn sources(&self) -> ImageSources {
         let Some(server) = self.server.clone() else {
-            return ImageSources { blob: self.blob(), windows: Arc::new(NoServer), content: None };
+            let sources = ImageSources { blob: self.blob(), windows: Arc::new(NoServer), content: None };
+            return counted(sources, &self.metrics);
         };
         let source = Arc::new(ServerSource { server, scope: self.scope.clone() });
-        ImageSources { blob: self.blob(), windows: Arc::clone(&source) as Arc<dyn WindowSource>, content: Some(source) }
+        let windows = Arc::clone(&source) as Arc<dyn WindowSource>;
+        counted(ImageSources { blob: self.blob(), windows, content: Some(source) }, &self.metrics)
     }
 
     fn blob(&self) -> Arc<dyn BlobSource> {

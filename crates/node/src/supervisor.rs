@@ -134,12 +134,13 @@ fn supervise(
     let mut pause = FIRST_PAUSE;
     // Grows when a worker was not ready in time: a large store on a slow disk takes long to check.
     let mut patience = WORKER_PATIENCE;
+    let mut restarts = 0;
     loop {
         if is_gone(&mounted.device)? {
             bail!("the mount was taken away (unmounted or aborted); hint: start millstreamd again");
         }
         let started = Instant::now();
-        let ended = match start_worker(mounted, listener, config, answer.as_deref()) {
+        let ended = match start_worker(mounted, listener, config, answer.as_deref(), restarts) {
             Ok(mut worker) => match introduce(signals, &mut worker, mounted, &mut answer, patience)? {
                 Some(ended) => ended,
                 None => watch(signals, &mut worker.child)?,
@@ -153,6 +154,7 @@ fn supervise(
         if ended == Ended::Asked {
             return Ok(());
         }
+        restarts += 1;
         if started.elapsed() >= patience {
             patience = (patience * 2).min(LAST_PATIENCE);
         }
@@ -184,11 +186,12 @@ fn start_worker(
     listener: &UnixListener,
     config: Option<&Path>,
     answer: Option<&[u8]>,
+    restarts: u64,
 ) -> anyhow::Result<Worker> {
     let (line, theirs) = fuse_device::message_pair()?;
     rustix::net::sockopt::set_socket_timeout(&line, Timeout::Recv, Some(POLL))?;
     let mut command = Command::new("/proc/self/exe");
-    command.arg("worker");
+    command.arg("worker").arg("--restarts").arg(restarts.to_string());
     if let Some(config) = config {
         command.arg("--config").arg(config);
     }
@@ -265,8 +268,8 @@ fn asked_to_stop(signal: Option<i32>) -> bool {
 
 fn has_died(worker: &mut Child) -> anyhow::Result<bool> {
     let Some(status) = worker.try_wait()? else { return Ok(false) };
-    let (pid, signal, code) = (worker.id(), status.signal(), status.code());
-    error!(pid, signal, code, "worker died; starting another one");
+    let (pid, signal, exit_code) = (worker.id(), status.signal(), status.code());
+    error!(pid, signal, exit_code, "worker died; starting another one");
     Ok(true)
 }
 
@@ -321,7 +324,8 @@ mod tests {
     #[test]
     fn an_unmounted_connection_is_gone() {
         if !rustix::process::geteuid().is_root() || !Path::new("/dev/fuse").exists() {
-            println!("skipped: needs root and /dev/fuse");
+            // Past the capture of the test runner, so that it is seen and counted.
+            std::io::Write::write_all(&mut std::io::stderr(), b"skipped: needs root and /dev/fuse\n").ok();
             assert!(std::env::var_os("MILLSTREAM_REQUIRE_ALL").is_none(), "a required tier was skipped");
             return;
         }

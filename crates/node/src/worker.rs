@@ -9,6 +9,7 @@ use std::time::Duration;
 
 use anyhow::Context;
 use millstream_chunkstore::{Store, StoreOptions};
+use millstream_containerd::{Containerd, ContainerdOptions};
 use millstream_fuse::{Adapter, Connection, Session};
 use millstream_layerfs::LayerFs;
 use millstream_prefetch::{FetchOptions, Fetcher};
@@ -33,7 +34,10 @@ use crate::content::NodeContent;
 use crate::control::Control;
 use crate::garbage::Garbage;
 use crate::images::{NodeImages, Reporter, SharedImages};
+use crate::lookup::Lookup;
+use crate::metrics::NodeMetrics;
 use crate::origin::Origins;
+use crate::page;
 use crate::server_client::Server;
 use crate::supervisor::{FIRST, MAX_MESSAGE, SERVES, mountpoint};
 use crate::views::Views;
@@ -79,11 +83,11 @@ fn message(socket: &OwnedFd) -> io::Result<Vec<u8>> {
     Ok(buffer)
 }
 
-/// Puts the stack together, serves until SIGTERM or until the mount is gone.
+/// Puts the stack together, serves until SIGTERM or until the mount is gone. `restarts` is how many workers died before.
 ///
 /// # Errors
 /// When something of our own is broken: disk, database, descriptors. Registry and server may be down.
-pub async fn run(settings: &Settings, inherited: Inheritance) -> anyhow::Result<()> {
+pub async fn run(settings: &Settings, inherited: Inheritance, restarts: u64) -> anyhow::Result<()> {
     raise_descriptor_limit();
     let db = Arc::new(Database::create(settings.root.join("state.redb")).context("opening the database")?);
 
@@ -96,7 +100,13 @@ pub async fn run(settings: &Settings, inherited: Inheritance) -> anyhow::Result<
         ..RegistryOptions::default()
     })?;
     let server = Server::new(&settings.server)?;
-    let origins = Origins { registry, server: server.clone(), docker_config: settings.registry.docker_config.clone() };
+    let metrics = NodeMetrics::default();
+    let docker_config = settings.registry.docker_config.clone();
+    let origins = Origins { registry, server: server.clone(), docker_config, metrics: metrics.clone() };
+
+    let containerd = &settings.containerd.address;
+    let lookup =
+        (!containerd.as_os_str().is_empty()).then(|| Lookup::new(Containerd::new(ContainerdOptions::new(containerd)), settings.registry.hosts_dir.clone()));
 
     // mechanism
     let fetch = FetchOptions {
@@ -119,6 +129,7 @@ pub async fn run(settings: &Settings, inherited: Inheritance) -> anyhow::Result<
         views,
         catalog,
         origins,
+        lookup,
         settings.decision_deadline,
     ));
     let options = Options { decide_deadline: settings.decision_deadline, ..Options::default() };
@@ -128,7 +139,7 @@ pub async fn run(settings: &Settings, inherited: Inheritance) -> anyhow::Result<
 
     // the kernel's side, then containerd's
     let (resumed, whether_resumed) = watch::channel(false);
-    let content = Arc::new(NodeContent::new(Arc::clone(&store), fetcher, whether_resumed));
+    let content = Arc::new(NodeContent::new(Arc::clone(&store), fetcher, whether_resumed, metrics.clone()));
     let adapter = Adapter::new(layerfs, content, tokio::runtime::Handle::current());
     let supervisor = inherited.supervisor;
     let session = Session::start(adapter, inherited.connection, |answer| write_message(supervisor.as_fd(), answer))
@@ -145,6 +156,9 @@ pub async fn run(settings: &Settings, inherited: Inheritance) -> anyhow::Result<
     });
     if let Some(server) = server {
         server.warm_up();
+    }
+    if let Some(address) = settings.metrics.listen {
+        page::show(address, &metrics, Arc::clone(&images), Arc::clone(&db), mountpoint(settings), restarts).await;
     }
     let garbage = Garbage::new(snapshots.clone(), Arc::clone(&images));
     tokio::spawn(garbage.clone().give_back_again_and_again());

@@ -11,6 +11,7 @@ use millstream_toc::BlobRange;
 use tokio::sync::{mpsc, watch};
 
 use crate::attached::Attached;
+use crate::background::at_low_priority;
 use crate::deliver::store_failed;
 use crate::fetcher::Shared;
 use crate::part::Pass;
@@ -314,10 +315,9 @@ impl Hydration {
         attached.hydration.blob_bytes.store(0, Ordering::Relaxed);
         let (sender, parts) = mpsc::channel(1);
         let (layer, budget) = (attached.layer.clone(), shared.options.budget);
-        let built = shared.runtime.spawn_blocking(move || rebuild(&layer, parts, budget));
-        let fed = feed(&pass, sender).await;
-        let verdict = match (built.await, fed) {
-            (Err(error), _) => Verdict::Failed(SourceError::new(ErrorKind::Local, format!("builder failed: {error}"))),
+        let built = at_low_priority(move || rebuild(&layer, parts, budget));
+        let verdict = match tokio::join!(built, feed(&pass, sender)) {
+            (Err(error), _) => Verdict::Failed(error),
             // The builder was told nothing but that the parts ended.
             (Ok(_), Err(error)) => Verdict::Failed(error),
             (Ok(verdict), Ok(())) => verdict,

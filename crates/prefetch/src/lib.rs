@@ -2,6 +2,7 @@
 
 mod around;
 mod attached;
+mod background;
 mod counters;
 mod deliver;
 mod edges;

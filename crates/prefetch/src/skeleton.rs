@@ -13,6 +13,7 @@ use millstream_toc::format::SpanIx;
 use millstream_toc::read::Chunk;
 use millstream_toc::{Budget, BuildOptions, Compression, DataRange, Reassembled, Toc, build};
 
+use crate::background::at_low_priority;
 use crate::deliver::{store_failed, toc_failed};
 use crate::ensure::missing;
 use crate::extract::{bounded, next_piece};
@@ -79,9 +80,7 @@ async fn try_prove(pass: &Pass<'_>, budget: Budget) -> Result<bool, Failure> {
     };
     fetch_chunks(pass, &wanted).await.map_err(Failure::Chunks)?;
     let layer = attached.layer.clone();
-    let judged = pass.shared.runtime.spawn_blocking(move || judge(&layer, &skeleton, budget)).await;
-    let judged = judged.map_err(|e| Failure::Chunks(SourceError::new(ErrorKind::Local, e.to_string())))?;
-    match judged {
+    match at_low_priority(move || judge(&layer, &skeleton, budget)).await.map_err(Failure::Chunks)? {
         Ok(()) => Ok(true),
         // Any of the three may be wrong: skeleton, TOC, or what is here. The blob knows.
         Err(reason) => {

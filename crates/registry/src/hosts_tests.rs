@@ -132,7 +132,7 @@ fn more_headers_than_a_request_can_have_are_refused_without_panic() {
     let names: String = (0..40_000).map(|number| format!("x-{number} = \"\"\n")).collect();
     let text = format!("[host.\"https://a.example\".header]\n{names}");
     assert!(text.len() < 1 << 20, "a file of that size is read");
-    assert_eq!(parse(&text, Path::new("/")).unwrap_err(), "there are too many headers");
+    assert_eq!(parse(&text, Path::new("/")).err().as_deref(), Some("there are too many headers"));
 }
 
 #[test]
@@ -162,4 +162,15 @@ fn the_stamp_changes_with_any_file_that_decides() {
     assert_ne!(nothing, stamp(nothing.iter().map(|(path, _)| path.clone())));
     std::fs::write(dir.join("ca.pem"), "new").unwrap();
     assert_ne!(file, stamp(file.iter().map(|(path, _)| path.clone())));
+}
+
+#[test]
+fn registries_of_a_host_are_found_by_their_directories() {
+    let dir = tempfile::tempdir().unwrap();
+    for name in ["a.example", "a.example:5000", "a.example_5001_", "a.example_x_", "a.example.com", "_default", "b:1"] {
+        std::fs::create_dir(dir.path().join(name)).unwrap();
+    }
+    assert_eq!(registries_at(dir.path(), "a.example"), ["a.example", "a.example:5000", "a.example:5001"]);
+    assert!(registries_at(dir.path(), "c").is_empty());
+    assert!(registries_at(&dir.path().join("nonexistent"), "b").is_empty());
 }

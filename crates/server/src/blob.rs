@@ -76,7 +76,7 @@ pub(crate) async fn pump(
         if failures >= MAX_FAILURES {
             return Err(error);
         }
-        tracing::debug!({ millstream_source::names::LAYER } = %blob, %error, at, "transfer broke off, going on");
+        tracing::debug!({ millstream_source::names::LAYER } = %blob, { millstream_source::names::OFFSET } = at, %error, "transfer broke off, going on");
         tokio::time::sleep(wait).await;
     }
     Ok(())

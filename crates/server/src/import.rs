@@ -4,7 +4,7 @@ use std::collections::HashMap;
 use std::path::PathBuf;
 use std::sync::atomic::{AtomicU32, AtomicU64, Ordering};
 use std::sync::{Arc, Mutex, PoisonError, Weak};
-use std::time::Duration;
+use std::time::{Duration, Instant};
 
 use bytes::Bytes;
 use millstream_oci::{
@@ -12,12 +12,14 @@ use millstream_oci::{
     select_platform,
 };
 use millstream_registry::Repository;
+use millstream_toc::Budget;
 use tokio::sync::{OwnedSemaphorePermit, Semaphore};
 use tokio::task::JoinSet;
 
 use crate::ServeError;
 use crate::content::Content;
-use crate::layer::{Outcome, WantedLayer, import_layer};
+use crate::layer::{Means, Outcome, WantedLayer, import_layer};
+use crate::metrics::{LayerResult, ServerMetrics};
 use crate::store::{ImageLayer, ImageRecord, Store};
 
 /// Configs of real images have tens of kilobytes.
@@ -38,6 +40,11 @@ pub struct ImportOptions {
     pub deadline: Duration,
     /// Directory for files that live as long as one layer's import.
     pub scratch: PathBuf,
+    /// Layers that cannot be entered every 16 MiB of output are kept as packed content, if they have at most this many bytes
+    /// of it; zero: none are, and such layers cannot be streamed.
+    pub packed_max: u64,
+    /// What one layer may cost; one that costs more is not streamed.
+    pub budget: Budget,
 }
 
 impl Default for ImportOptions {
@@ -47,6 +54,8 @@ impl Default for ImportOptions {
             builders: std::thread::available_parallelism().map_or(1, usize::from),
             deadline: Duration::from_secs(3600),
             scratch: std::env::temp_dir(),
+            packed_max: 16 << 30,
+            budget: Budget::default(),
         }
     }
 }
@@ -76,6 +85,7 @@ pub(crate) struct Importer {
     store: Store,
     content: Arc<Content>,
     options: ImportOptions,
+    metrics: ServerMetrics,
     images: Arc<Semaphore>,
     builders: Semaphore,
     /// One lock for each layer under way: who comes second finds it done.
@@ -83,10 +93,10 @@ pub(crate) struct Importer {
 }
 
 impl Importer {
-    pub(crate) fn new(store: Store, content: Arc<Content>, options: ImportOptions) -> Self {
+    pub(crate) fn new(store: Store, content: Arc<Content>, options: ImportOptions, metrics: ServerMetrics) -> Self {
         let images = Arc::new(Semaphore::new(options.images.min(Semaphore::MAX_PERMITS)));
         let builders = Semaphore::new(options.builders.clamp(1, Semaphore::MAX_PERMITS));
-        Self { store, content, options, images, builders, layers: Mutex::default() }
+        Self { store, content, options, metrics, images, builders, layers: Mutex::default() }
     }
 
     /// Admits one more import, or refuses it.
@@ -104,10 +114,12 @@ impl Importer {
         platform: &Platform,
         progress: &Arc<Progress>,
     ) -> Result<Imported, ServeError> {
+        let begun = Instant::now();
         let work = self.import_unbounded(repository, image, platform, progress);
-        tokio::time::timeout(self.options.deadline, work)
-            .await
-            .map_err(|_| ServeError::TimedOut { what: "the import" })?
+        let imported = tokio::time::timeout(self.options.deadline, work).await;
+        let imported = imported.unwrap_or(Err(ServeError::TimedOut { what: "the import" }));
+        self.metrics.imported(imported.is_ok(), begun.elapsed());
+        imported
     }
 
     async fn import_unbounded(
@@ -187,19 +199,28 @@ impl Importer {
             read.fetch_add(bytes, Ordering::Relaxed);
             progress.bytes_done.fetch_add(bytes, Ordering::Relaxed);
         };
+        let mut known = false;
         let outcome = match layer.compression() {
             Err(reason) => Outcome::Ineligible(reason),
             Ok(compression) => {
                 let lock = self.layer_lock(&layer.digest);
                 let _one_at_a_time = lock.lock().await;
-                if self.adopt(repository, layer).await? {
+                known = self.adopt(repository, layer).await?;
+                if known {
                     Outcome::Ready
                 } else {
                     let _builder = self.builders.acquire().await;
-                    import_layer(&self.store, &self.options.scratch, repository, layer, compression, &count).await?
+                    let ImportOptions { scratch, budget, packed_max, .. } = &self.options;
+                    let means = Means { scratch: scratch.clone(), budget: *budget, packed_max: *packed_max };
+                    import_layer(&self.store, &means, repository, layer, compression, &count).await?
                 }
             }
         };
+        self.metrics.layer(match &outcome {
+            Outcome::Ready if known => LayerResult::Known,
+            Outcome::Ready => LayerResult::Read,
+            Outcome::Ineligible(_) => LayerResult::Ineligible,
+        });
         // What needed no reading is done as well.
         let rest = layer.size.saturating_sub(read.load(Ordering::Relaxed));
         progress.bytes_done.fetch_add(rest, Ordering::Relaxed);

@@ -2,10 +2,12 @@
 
 mod options;
 
+use std::net::SocketAddr;
 use std::process::ExitCode;
 
 use anyhow::Context;
 use clap::Parser;
+use millstream_metrics::{Page, Readiness};
 use millstream_registry::Registry;
 use millstream_server::{ImagesService, Listener, Store};
 use millstream_settings::arguments::ServerArguments;
@@ -44,6 +46,9 @@ async fn run(settings: Settings) -> anyhow::Result<()> {
     let registry = Registry::new(options::registry(&settings))?;
     let service = ImagesService::new(store, registry, options::service(&settings));
     let listener = Listener::bind(&options::listen(&settings))?;
+    if let Some(address) = settings.metrics.listen {
+        show_metrics(address, &service).await?;
+    }
     tracing::info!(address = %listener.address(), store = %settings.store, tls = settings.tls.is_some(), "listening");
     let shutdown = async {
         tokio::select! {
@@ -53,6 +58,20 @@ async fn run(settings: Settings) -> anyhow::Result<()> {
         tracing::info!("shutting down");
     };
     listener.serve(service, shutdown).await?;
+    Ok(())
+}
+
+/// Shows metrics and probes for as long as the process lives.
+async fn show_metrics(address: SocketAddr, service: &ImagesService) -> anyhow::Result<()> {
+    let listener = millstream_metrics::bind(address).await?;
+    tracing::info!(%address, "metrics are shown");
+    let registry = service.metrics().registry();
+    let service = service.clone();
+    let ready = move || -> Readiness {
+        let service = service.clone();
+        Box::pin(async move { service.ready().await.map_err(|error| format!("the store cannot be read: {error}")) })
+    };
+    tokio::spawn(millstream_metrics::serve(listener, Page { registry, ready: Box::new(ready) }));
     Ok(())
 }
 

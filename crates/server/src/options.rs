@@ -4,7 +4,8 @@ use millstream_registry::RegistryOptions;
 use millstream_server::{
     AccessOptions, ContentOptions, ImportOptions, LimitOptions, ListenOptions, ServiceOptions, TlsFiles,
 };
-use millstream_settings::server::{AccessSettings, LimitSettings, Settings, TlsSettings};
+use millstream_settings::server::{AccessSettings, BudgetSettings, LimitSettings, Settings, TlsSettings};
+use millstream_toc::Budget;
 
 /// Connections to one registry beside those of imports.
 const CONNECTIONS_BESIDE_IMPORTS: usize = 32;
@@ -31,6 +32,8 @@ pub(crate) fn service(settings: &Settings) -> ServiceOptions {
         images: settings.import.images,
         deadline: settings.import.deadline,
         scratch: settings.import.scratch.clone(),
+        budget: budget(&settings.import.budget),
+        packed_max: settings.import.packed_max,
         ..ImportOptions::default()
     };
     if settings.import.builders > 0 {
@@ -47,6 +50,19 @@ pub(crate) fn service(settings: &Settings) -> ServiceOptions {
         },
         import_on_demand: settings.import.on_demand,
         allowed_registries: settings.registry.allowed.clone(),
+    }
+}
+
+/// What a layer may cost; the rest of a budget are limits of what containerd reads.
+fn budget(settings: &BudgetSettings) -> Budget {
+    let BudgetSettings { entries, tar_size, file_size, ratio, toc_size } = *settings;
+    Budget {
+        max_entries: entries,
+        max_tar_size: tar_size,
+        max_file_size: file_size,
+        max_ratio: ratio,
+        max_toc_bytes: toc_size,
+        ..Budget::default()
     }
 }
 

@@ -12,7 +12,7 @@ use millstream_source::{ErrorKind, SourceError, names};
 use millstream_toc::format::Kind;
 use millstream_toc::{DataRange, Toc};
 use millstream_wire::millstream::v1::{self, get_image_response::Part, images_server::Images};
-use tonic::{Request, Response, Status};
+use tonic::{Code, Request, Response, Status};
 use tracing::{Instrument, Span, info_span};
 
 use crate::ServeError;
@@ -22,7 +22,8 @@ use crate::content::{Content, ContentOptions, toc_error};
 use crate::convert::{credential, layer_message, platform, progress_message};
 use crate::import::{ImportOptions, Importer, Progress, no_platform};
 use crate::limits::{LimitOptions, Limits};
-use crate::store::{ImageLayer, ImageRecord, LayerRecord, Store};
+use crate::metrics::{Method, ServerMetrics};
+use crate::store::{ImageLayer, ImageRecord, LayerRecord, Store, StoreError};
 
 /// Bytes of a packed TOC in one message; gRPC clients take 4 MiB by default.
 const TOC_PIECE: usize = 1 << 20;
@@ -67,6 +68,7 @@ pub struct ImagesService {
 struct Inner {
     store: Store,
     registry: Registry,
+    metrics: ServerMetrics,
     access: Access,
     limits: Limits,
     content: Arc<Content>,
@@ -96,9 +98,11 @@ impl ImagesService {
     /// A service upon `store` that reads images through `registry`.
     #[must_use]
     pub fn new(store: Store, registry: Registry, options: ServiceOptions) -> Self {
-        let content = Arc::new(Content::new(store.clone(), options.content));
-        let importer = Arc::new(Importer::new(store.clone(), Arc::clone(&content), options.import));
+        let metrics = ServerMetrics::default();
+        let content = Arc::new(Content::new(store.clone(), options.content, metrics.clone()));
+        let importer = Arc::new(Importer::new(store.clone(), Arc::clone(&content), options.import, metrics.clone()));
         let inner = Inner {
+            metrics,
             store,
             registry,
             access: Access::new(options.access),
@@ -110,6 +114,33 @@ impl ImagesService {
             on_demand: Mutex::default(),
         };
         Self { inner: Arc::new(inner) }
+    }
+
+    /// What is counted.
+    #[must_use]
+    pub fn metrics(&self) -> &ServerMetrics {
+        &self.inner.metrics
+    }
+
+    /// Whether the store can be read.
+    ///
+    /// # Errors
+    /// Those of the store.
+    pub async fn ready(&self) -> Result<(), StoreError> {
+        self.inner.store.probe().await
+    }
+
+    /// Counts and traces the work that one request is.
+    async fn answer<T>(
+        &self,
+        method: Method,
+        span: Span,
+        work: impl Future<Output = Result<T, ServeError>>,
+    ) -> Result<T, Status> {
+        let watch = self.inner.metrics.begin(method);
+        let answer = work.instrument(span.clone()).await.map_err(|error| refused(&span, error));
+        watch.end(answer.as_ref().err().map_or(Code::Ok, Status::code));
+        answer
     }
 }
 
@@ -126,20 +157,14 @@ impl Images for ImagesService {
         let peer = peer(&request);
         let request = request.into_inner();
         let span = info_span!("import", { names::IMAGE } = %shown(&request.image));
-        Inner::import(Arc::clone(&self.inner), peer, request)
-            .instrument(span.clone())
-            .await
-            .map_err(|error| refused(&span, error))
+        self.answer(Method::Import, span, Inner::import(Arc::clone(&self.inner), peer, request)).await
     }
 
     async fn get_image(&self, request: Request<v1::GetImageRequest>) -> Result<Response<Self::GetImageStream>, Status> {
         let peer = peer(&request);
         let request = request.into_inner();
         let span = info_span!("get_image", { names::IMAGE } = image_field(request.scope.as_ref()));
-        Inner::get_image(Arc::clone(&self.inner), peer, request)
-            .instrument(span.clone())
-            .await
-            .map_err(|error| refused(&span, error))
+        self.answer(Method::GetImage, span, Inner::get_image(Arc::clone(&self.inner), peer, request)).await
     }
 
     async fn get_windows(
@@ -155,10 +180,7 @@ impl Images for ImagesService {
             first_span = request.first_span,
             end_span = request.end_span,
         );
-        Inner::get_windows(Arc::clone(&self.inner), peer, request)
-            .instrument(span.clone())
-            .await
-            .map_err(|error| refused(&span, error))
+        self.answer(Method::GetWindows, span, Inner::get_windows(Arc::clone(&self.inner), peer, request)).await
     }
 
     async fn get_skeleton(
@@ -172,10 +194,7 @@ impl Images for ImagesService {
             { names::IMAGE } = image_field(request.scope.as_ref()),
             { names::LAYER } = %shown(&request.layer),
         );
-        Inner::get_skeleton(Arc::clone(&self.inner), peer, request)
-            .instrument(span.clone())
-            .await
-            .map_err(|error| refused(&span, error))
+        self.answer(Method::GetSkeleton, span, Inner::get_skeleton(Arc::clone(&self.inner), peer, request)).await
     }
 
     async fn read_file(&self, request: Request<v1::ReadFileRequest>) -> Result<Response<Self::ReadFileStream>, Status> {
@@ -189,10 +208,7 @@ impl Images for ImagesService {
             { names::OFFSET } = request.offset,
             { names::SIZE } = request.size,
         );
-        Inner::read_file(Arc::clone(&self.inner), peer, request)
-            .instrument(span.clone())
-            .await
-            .map_err(|error| refused(&span, error))
+        self.answer(Method::ReadFile, span, Inner::read_file(Arc::clone(&self.inner), peer, request)).await
     }
 
     async fn read_data(&self, request: Request<v1::ReadDataRequest>) -> Result<Response<Self::ReadDataStream>, Status> {
@@ -205,10 +221,7 @@ impl Images for ImagesService {
             { names::OFFSET } = request.offset,
             { names::SIZE } = request.size,
         );
-        Inner::read_data(Arc::clone(&self.inner), peer, request)
-            .instrument(span.clone())
-            .await
-            .map_err(|error| refused(&span, error))
+        self.answer(Method::ReadData, span, Inner::read_data(Arc::clone(&self.inner), peer, request)).await
     }
 }
 

@@ -29,7 +29,11 @@ pub struct NodeArguments {
 pub enum NodeCommand {
     /// Started by the supervisor only.
     #[command(hide = true)]
-    Worker,
+    Worker {
+        /// How many workers of this supervisor died before.
+        #[arg(long, default_value_t = 0)]
+        restarts: u64,
+    },
 }
 
 /// Of `millstream-server`.

@@ -97,6 +97,31 @@ pub struct ImportSettings {
     pub deadline: Duration,
     /// Directory for files that live as long as one layer's import.
     pub scratch: PathBuf,
+    /// Bytes of file content up to which a layer that cannot be entered often enough is kept packed; `"0B"`: never.
+    #[serde(with = "amount::size")]
+    pub packed_max: u64,
+    /// What one layer may cost.
+    pub budget: BudgetSettings,
+}
+
+/// `[import.budget]`: what one layer may cost. One that costs more is not streamed: nodes pull it as always.
+#[derive(Debug, Clone, PartialEq, Eq, Deserialize, Serialize)]
+#[serde(default, deny_unknown_fields)]
+pub struct BudgetSettings {
+    /// Files of all kinds, and separately names, counting replaced ones and implied directories; at most 2,000,000, since nodes
+    /// take no more.
+    pub entries: u64,
+    /// Bytes of the tar.
+    #[serde(with = "amount::size")]
+    pub tar_size: u64,
+    /// Bytes of one file, holes included.
+    #[serde(with = "amount::size")]
+    pub file_size: u64,
+    /// Bytes of tar for each byte of blob, beyond the first 64 MiB of tar.
+    pub ratio: u64,
+    /// Bytes of the table of contents, and of each of its parts while it is made; at most 256 MiB, since nodes take no more.
+    #[serde(with = "amount::size")]
+    pub toc_size: u64,
 }
 
 /// `[cache]`.
@@ -152,7 +177,15 @@ impl Default for ImportSettings {
             builders: 0,
             deadline: Duration::from_secs(3600),
             scratch: "/var/tmp".into(),
+            packed_max: 16 << 30,
+            budget: BudgetSettings::default(),
         }
+    }
+}
+
+impl Default for BudgetSettings {
+    fn default() -> Self {
+        Self { entries: MAX_ENTRIES, tar_size: 64 << 30, file_size: 64 << 30, ratio: 200, toc_size: MAX_TOC }
     }
 }
 
@@ -166,6 +199,10 @@ impl Default for CacheSettings {
 const MAX_REQUESTS: usize = 400;
 /// Each image that is imported holds up to this many layers' blocking threads.
 const MAX_IMPORTS: usize = 16;
+/// What nodes read at most.
+const MAX_ENTRIES: u64 = 2_000_000;
+/// The same, bytes of a table of contents.
+const MAX_TOC: u64 = 256 << 20;
 /// What a person revokes must stop working soon.
 const MAX_REMEMBER: Duration = Duration::from_secs(600);
 
@@ -201,6 +238,7 @@ impl Schema for Settings {
         if self.import.deadline.is_zero() {
             return Err(SettingsError::value("import.deadline", "is zero: no import could finish"));
         }
+        self.import.budget.check()?;
         let AccessSettings { remember_allowed, remember_refused, max_answers } = self.access;
         for (key, time) in
             [("access.remember_allowed", remember_allowed), ("access.remember_refused", remember_refused)]
@@ -211,6 +249,26 @@ impl Schema for Settings {
         }
         if max_answers == 0 {
             return Err(SettingsError::value("access.max_answers", "is 0: set at least 1"));
+        }
+        Ok(())
+    }
+}
+
+impl BudgetSettings {
+    fn check(&self) -> Result<(), SettingsError> {
+        for (key, value, most) in [
+            ("import.budget.entries", self.entries, MAX_ENTRIES),
+            ("import.budget.tar_size", self.tar_size, u64::MAX),
+            ("import.budget.file_size", self.file_size, u64::MAX),
+            ("import.budget.ratio", self.ratio, u64::MAX),
+            ("import.budget.toc_size", self.toc_size, MAX_TOC),
+        ] {
+            if value == 0 {
+                return Err(SettingsError::value(key, "is 0: no layer could be streamed"));
+            }
+            if value > most {
+                return Err(SettingsError::value(key, format!("nodes take at most {most}")));
+            }
         }
         Ok(())
     }
@@ -234,6 +292,10 @@ mod tests {
             ("[limits]\nrequests = 4", "limits.requests_per_peer: is 64"),
             ("[import]\nimages = 0", "import.images"),
             ("[import]\ndeadline = \"10\"", "duration"),
+            ("[import]\npacked_max = \"16GB\"", "size"),
+            ("[import.budget]\nentries = 3000000", "import.budget.entries in line 2: nodes take at most 2000000"),
+            ("[import.budget]\nratio = 0", "import.budget.ratio in line 2: is 0"),
+            ("[import.budget]\ntar_size = 5", "size"),
             ("[access]\nremember_allowed = \"1d\"", "access.remember_allowed"),
             ("[cache]\ntocs = \"64MB\"", "size"),
             ("[cache]\nchunks = \"99999999999GiB\"", "size"),

@@ -66,8 +66,8 @@ impl UsageQueue {
             match result.await {
                 Ok(Ok(())) => {}
                 // Removed meanwhile, mostly.
-                Ok(Err(error)) => tracing::debug!(id, error, "the usage of a snapshot stays unknown"),
-                Err(error) => tracing::warn!(id, %error, "adding up a snapshot broke off"),
+                Ok(Err(error)) => tracing::debug!(number = id, error, "the usage of a snapshot stays unknown"),
+                Err(error) => tracing::warn!(number = id, %error, "adding up a snapshot broke off"),
             }
             self.waiting().remove(&id);
             self.done.send_modify(|done| *done += 1);

@@ -146,7 +146,7 @@ impl Disk {
                     Err(error) if error.kind() == ErrorKind::NotFound => {}
                     Err(error) => {
                         left += 1;
-                        tracing::debug!(path = %path.display(), %error, "cannot delete");
+                        tracing::debug!(file = %path.display(), %error, "cannot delete");
                     }
                 }
             }

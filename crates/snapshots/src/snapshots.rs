@@ -111,7 +111,7 @@ impl Snapshots {
         let metadata = Metadata::open(db)?;
         let damaged = recover(&metadata, &disk)?;
         for damage in damaged.values() {
-            tracing::error!(snapshot = damage.name, what = damage.what, "a snapshot is damaged; the others work");
+            tracing::error!(snapshot = damage.name, reason = damage.what, "a snapshot is damaged; the others work");
         }
         let background = Background::start(&metadata, &disk);
         Ok(Self(Arc::new(Shared {
@@ -344,7 +344,11 @@ impl Snapshots {
             return Ok(known);
         }
         let Ok(chain_id) = target.parse() else {
-            tracing::info!(code = "labels.invalid", target, "a layer is left to containerd: its label is no chain ID");
+            tracing::info!(
+                code = "labels.invalid",
+                chain_id = target,
+                "a layer is left to containerd: its label is no chain ID"
+            );
             return Ok(None);
         };
         let request = PrepareRequest {
@@ -559,18 +563,24 @@ fn recover(metadata: &Metadata, disk: &Disk) -> Result<BTreeMap<u64, Damage>, Er
 /// The one log line about a layer that could have been skipped. (A field named `message` would be the line's own text.)
 fn report(request: &PrepareRequest, outcome: &PrepareOutcome) {
     let image = request.labels.get("containerd.io/snapshot/cri.image-ref").map(String::as_str).unwrap_or_default();
-    let target = request.target.to_string();
+    let chain_id = request.target.to_string();
     match outcome {
         PrepareOutcome::Lazy { layer } | PrepareOutcome::Local { layer } => {
-            tracing::info!(image, target, %layer, outcome = outcome.name(), "a layer need not be unpacked");
+            tracing::info!(image, chain_id, %layer, outcome = outcome.name(), "a layer need not be unpacked");
         }
         PrepareOutcome::Deferred { reason } => {
-            tracing::info!(image, target, code = reason.code, reason = reason.message, "a layer is left to containerd");
+            tracing::info!(
+                image,
+                chain_id,
+                code = reason.code,
+                reason = reason.message,
+                "a layer is left to containerd"
+            );
         }
         PrepareOutcome::Failed { reason } => {
             tracing::error!(
                 image,
-                target,
+                chain_id,
                 code = reason.code,
                 reason = reason.message,
                 "a layer is left to containerd"

@@ -121,8 +121,8 @@ impl Reading {
             Retry::Soon => self.backoff(),
         };
         tracing::debug!(
-            layer = %self.blob, offset = self.left.start, code = error.kind.code(), ?pause, request = self.requests,
-            "trying again: {error}"
+            layer = %self.blob, offset = self.left.start, code = error.kind.code(), ?pause, requests = self.requests, %error,
+            "trying again"
         );
         tokio::time::sleep(pause).await;
         Ok(())

@@ -1,4 +1,4 @@
-//! A containerd of our own: Debian's 1.6, or 2.x as `tests/tools/install.sh` builds it.
+//! A containerd of our own: Debian's 1.6, or another release as `tests/tools/install.sh` builds it.
 //!
 //! Root, state and sockets are in the workdir; nothing is shared with a containerd of the machine. Pods use the
 //! host's network, so no CNI plug-in is needed. The configuration is written for a machine without systemd and with
@@ -8,9 +8,10 @@ use std::path::{Path, PathBuf};
 use std::process::Command;
 use std::time::Duration;
 
-use anyhow::{Context as _, Result};
+use anyhow::{Context as _, Result, ensure};
 
-use crate::need::{containerd_2_dir, program};
+use crate::installation::Installation;
+use crate::need::{CONTAINERD_2, containerd_dir, program};
 use crate::process::{Process, output, socket_accepts};
 use crate::registry::Login;
 use crate::workdir::Workdir;
@@ -27,6 +28,8 @@ pub enum Version {
     V1,
     /// The 2.x that was built: configuration version 3, transfer service.
     V2,
+    /// Another release, one of [`crate::need::CONTAINERDS`].
+    Release(&'static str),
 }
 
 impl Version {
@@ -37,7 +40,17 @@ impl Version {
                 let containerd = program("containerd").context("containerd is not installed")?;
                 Ok(containerd.parent().unwrap_or(Path::new("/usr/bin")).to_owned())
             }
-            Self::V2 => Ok(containerd_2_dir()),
+            Self::V2 => Ok(containerd_dir(CONTAINERD_2)),
+            Self::Release(release) => Ok(containerd_dir(release)),
+        }
+    }
+
+    /// 1 or 2.
+    pub fn major(self) -> u32 {
+        match self {
+            Self::V1 => 1,
+            Self::Release(release) if release.starts_with("1.") => 1,
+            Self::V2 | Self::Release(_) => 2,
         }
     }
 }
@@ -79,6 +92,16 @@ pub struct ContainerdOptions {
     pub certs_d: PathBuf,
     /// For 2.x: whether CRI pulls through the transfer service rather than by itself. 1.6 has no such service.
     pub transfer: bool,
+    /// Whether clients tell the snapshotter which image they pull. Many configurations in the field do not.
+    pub labels: bool,
+}
+
+impl ContainerdOptions {
+    /// Name of the directory in the workdir, and so place of the socket, of a containerd that is started with
+    /// [`Containerd::start`].
+    pub fn dir_name(version: Version) -> String {
+        format!("containerd{}", version.major())
+    }
 }
 
 /// A running containerd.
@@ -86,6 +109,7 @@ pub struct ContainerdOptions {
 pub struct Containerd {
     options: ContainerdOptions,
     dir: PathBuf,
+    installation: Option<Installation>,
     log: PathBuf,
     process: Option<Process>,
 }
@@ -97,11 +121,7 @@ impl Containerd {
     ///
     /// If it does not start.
     pub fn start(work: &Workdir, options: ContainerdOptions) -> Result<Self> {
-        let name = match options.version {
-            Version::V1 => "containerd1",
-            Version::V2 => "containerd2",
-        };
-        Self::start_as(work, name, options)
+        Self::start_as(work, &ContainerdOptions::dir_name(options.version), options)
     }
 
     /// The same under a name of its own: a second one in the same workdir.
@@ -111,20 +131,61 @@ impl Containerd {
     /// If it does not start.
     pub fn start_as(work: &Workdir, name: &str, options: ContainerdOptions) -> Result<Self> {
         let dir = work.dir(name)?;
-        std::fs::write(dir.join("config.toml"), config_text(&dir, &options))?;
-        let mut containerd = Self { options, dir, log: work.log(name), process: None };
+        let text = config_text(&dir, &options);
+        Self::start_with(work, name, options, &text, None)
+    }
+
+    /// The same with lines in front of a table of its configuration file, such as `[plugins."..."]`; what a test of one setting needs.
+    ///
+    /// # Errors
+    ///
+    /// If there is no such table, or it does not start.
+    pub fn start_set(work: &Workdir, options: ContainerdOptions, table: &str, lines: &str) -> Result<Self> {
+        let name = format!("containerd{}", options.version.major());
+        let text = config_text(&work.dir(&name)?, &options);
+        ensure!(text.contains(table), "the configuration has no {table}");
+        let text = text.replacen(table, &format!("{table}\n{lines}"), 1);
+        Self::start_with(work, &name, options, &text, None)
+    }
+
+    /// Starts it in an installation: its file says where its root, state and sockets are, and imports what is in
+    /// `/etc/containerd/conf.d`; everything else is as the imported files say.
+    ///
+    /// # Errors
+    ///
+    /// If it does not start.
+    pub fn start_in(work: &Workdir, installation: &Installation, options: ContainerdOptions) -> Result<Self> {
+        let name = format!("containerd{}", options.version.major());
+        let text = importing_text(&work.dir(&name)?, options.version);
+        Self::start_with(work, &name, options, &text, Some(installation.clone()))
+    }
+
+    fn start_with(
+        work: &Workdir,
+        name: &str,
+        options: ContainerdOptions,
+        text: &str,
+        installation: Option<Installation>,
+    ) -> Result<Self> {
+        let dir = work.dir(name)?;
+        std::fs::write(dir.join("config.toml"), text)?;
+        let mut containerd = Self { options, dir, installation, log: work.log(name), process: None };
         containerd.launch()?;
         Ok(containerd)
     }
 
     fn launch(&mut self) -> Result<()> {
         let programs = self.options.version.programs()?;
-        let mut command = Command::new(programs.join("containerd"));
+        let program = programs.join("containerd");
+        let mut command = match &self.installation {
+            Some(installation) => installation.command(&program),
+            None => Command::new(program),
+        };
         command.arg("--config").arg(self.dir.join("config.toml"));
         // The shim is looked for on the search path.
         let path = std::env::var_os("PATH").unwrap_or_default();
-        let dirs =
-            [programs].into_iter().chain(std::env::split_paths(&path)).chain(["/usr/sbin".into(), "/sbin".into()]);
+        let dirs = self.installation.iter().map(Installation::programs).chain([programs]);
+        let dirs = dirs.chain(std::env::split_paths(&path)).chain(["/usr/sbin".into(), "/sbin".into()]);
         command.env("PATH", std::env::join_paths(dirs)?);
         let mut process = Process::spawn("containerd", command, &self.log)?;
         let socket = self.socket();
@@ -165,6 +226,19 @@ impl Containerd {
         self.options.snapshotter.name()
     }
 
+    /// The reference of the pods' own container that a containerd of this version takes without being told.
+    ///
+    /// # Errors
+    ///
+    /// If the program does not say.
+    pub fn default_pause(version: Version) -> Result<String> {
+        let text = output(Command::new(version.programs()?.join("containerd")).args(["config", "default"]))?;
+        let keys = ["sandbox_image", "sandbox"];
+        let value = text.lines().filter_map(|line| line.split_once(" = ")).find(|(key, _)| keys.contains(&key.trim()));
+        let (_, value) = value.context("no image for sandboxes in the default configuration")?;
+        Ok(value.trim_matches(['"', '\'']).to_owned())
+    }
+
     /// Runs `ctr` of the same version and returns its output.
     ///
     /// # Errors
@@ -191,19 +265,35 @@ impl Containerd {
     ///
     /// If the pull fails.
     pub fn ctr_pull(&self, namespace: &str, image: &str) -> Result<()> {
-        output(&mut self.ctr_pull_command(namespace, image, None)?).map(drop)
+        output(&mut self.ctr_pull_command(namespace, image, None, &[])?).map(drop)
     }
 
-    /// `ctr` that pulls an image, as somebody or as nobody, not started yet.
+    /// The same with further options of `ctr image pull`.
+    ///
+    /// # Errors
+    ///
+    /// If the pull fails.
+    pub fn ctr_pull_with(&self, namespace: &str, image: &str, options: &[&str]) -> Result<()> {
+        output(&mut self.ctr_pull_command(namespace, image, None, options)?).map(drop)
+    }
+
+    /// `ctr` that pulls an image, as somebody or as nobody and with further options, not started yet.
     ///
     /// # Errors
     ///
     /// If it is not installed.
-    pub fn ctr_pull_command(&self, namespace: &str, image: &str, login: Option<&Login>) -> Result<Command> {
+    pub fn ctr_pull_command(
+        &self,
+        namespace: &str,
+        image: &str,
+        login: Option<&Login>,
+        options: &[&str],
+    ) -> Result<Command> {
         let certs_d = self.options.certs_d.display().to_string();
         let user = login.map(|login| format!("{}:{}", login.user, login.password));
         let mut arguments = vec!["image", "pull", "--hosts-dir", &certs_d, "--snapshotter", self.snapshotter()];
         arguments.extend(user.iter().flat_map(|user| ["--user", user]));
+        arguments.extend_from_slice(options);
         arguments.push(image);
         self.ctr_command(namespace, &arguments)
     }
@@ -237,10 +327,29 @@ impl Drop for Containerd {
 }
 
 fn config_text(dir: &Path, options: &ContainerdOptions) -> String {
-    match options.version {
-        Version::V1 => config_v2(dir, options),
-        Version::V2 => config_v3(dir, options),
-    }
+    if options.version.major() == 1 { config_v2(dir, options) } else { config_v3(dir, options) }
+}
+
+/// What moves a containerd into `dir`, and imports.
+fn importing_text(dir: &Path, version: Version) -> String {
+    let dir = dir.display();
+    let number = version.major() + 1;
+    // Snapshotters that this machine may lack the means for are left out: they only fill the log. So is NRI of 2.x, which has a
+    // socket of its own.
+    format!(
+        r#"version = {number}
+root = "{dir}/root"
+state = "{dir}/state"
+imports = ["/etc/containerd/conf.d/*.toml"]
+disabled_plugins = ["io.containerd.snapshotter.v1.aufs", "io.containerd.snapshotter.v1.btrfs", "io.containerd.snapshotter.v1.devmapper", "io.containerd.snapshotter.v1.zfs", "io.containerd.nri.v1.nri"]
+[grpc]
+  address = "{dir}/c.sock"
+[ttrpc]
+  address = "{dir}/c.sock.ttrpc"
+[debug]
+  level = "debug"
+"#
+    )
 }
 
 /// The stanza that makes a snapshotter of a socket; the same in both versions of the file.
@@ -253,8 +362,9 @@ fn proxy_plugin(options: &ContainerdOptions) -> String {
   address = "{socket}"
   [proxy_plugins.{MILLSTREAM}.exports]
     root = "{root}"
-    enable_remote_snapshot_annotations = "true"
+    enable_remote_snapshot_annotations = "{labels}"
 "#,
+        labels = options.labels,
         socket = socket.display(),
         root = root.display()
     )
@@ -263,6 +373,7 @@ fn proxy_plugin(options: &ContainerdOptions) -> String {
 fn config_v2(dir: &Path, options: &ContainerdOptions) -> String {
     let (dir, certs_d) = (dir.display(), options.certs_d.display());
     let (pause, snapshotter) = (&options.pause_image, options.snapshotter.name());
+    let unlabelled = !options.labels;
     // Snapshotters that this machine may lack the means for are left out: they only fill the log.
     let mut text = format!(
         r#"version = 2
@@ -279,7 +390,7 @@ disabled_plugins = ["io.containerd.snapshotter.v1.aufs", "io.containerd.snapshot
   restrict_oom_score_adj = true
   [plugins."io.containerd.grpc.v1.cri".containerd]
     snapshotter = "{snapshotter}"
-    disable_snapshot_annotations = false
+    disable_snapshot_annotations = {unlabelled}
     discard_unpacked_layers = false
   [plugins."io.containerd.grpc.v1.cri".cni]
     bin_dir = "{dir}/cni/bin"
@@ -296,7 +407,7 @@ fn config_v3(dir: &Path, options: &ContainerdOptions) -> String {
     let (dir, certs_d) = (dir.display(), options.certs_d.display());
     let (pause, snapshotter) = (&options.pause_image, options.snapshotter.name());
     // This one line makes CRI pull by itself; without it the transfer service pulls.
-    let pull = if options.transfer { "" } else { "  disable_snapshot_annotations = false\n" };
+    let pull = if options.transfer || !options.labels { "" } else { "  disable_snapshot_annotations = false\n" };
     let mut text = format!(
         r#"version = 3
 root = "{dir}/root"

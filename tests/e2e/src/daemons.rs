@@ -16,9 +16,10 @@ use millstream_wire::millstream::v1::{
 
 use crate::containerd::Snapshotter;
 use crate::cri::connect;
+use crate::installation::Installation;
 use crate::link::Link;
 use crate::need::product;
-use crate::process::{Process, eventually, socket_accepts};
+use crate::process::{Process, eventually, peak_memory, socket_accepts};
 use crate::registry::Tls;
 use crate::workdir::Workdir;
 
@@ -40,6 +41,8 @@ pub struct NodeOptions {
     pub certs_d: PathBuf,
     /// A docker `config.json` with credentials.
     pub docker_config: Option<PathBuf>,
+    /// Socket of the containerd that it may ask; none: it asks none.
+    pub containerd: Option<PathBuf>,
     /// Whether images are made local in the background.
     pub hydration: bool,
     /// How long a read may wait for its bytes.
@@ -54,6 +57,7 @@ impl NodeOptions {
             ca: None,
             certs_d: certs_d.to_owned(),
             docker_config: None,
+            containerd: None,
             hydration: true,
             read_deadline: Duration::from_secs(60),
         }
@@ -63,7 +67,10 @@ impl NodeOptions {
 /// A running `millstreamd`. Its state survives [`Node::stop`], [`Node::crash`] and a new start.
 #[derive(Debug)]
 pub struct Node {
-    dir: PathBuf,
+    config: PathBuf,
+    socket: PathBuf,
+    root: PathBuf,
+    installation: Option<Installation>,
     log: PathBuf,
     process: Option<Process>,
 }
@@ -76,8 +83,26 @@ impl Node {
     /// If it does not start.
     pub fn start(work: &Workdir, options: &NodeOptions) -> Result<Self> {
         let dir = work.dir("node")?;
-        std::fs::write(dir.join("millstreamd.toml"), node_settings(&dir, options)?)?;
-        let mut node = Self { dir, log: work.log(NODE), process: None };
+        let (config, socket, root) = (dir.join("millstreamd.toml"), dir.join("m.sock"), dir.join("root"));
+        std::fs::write(&config, node_settings(&dir, options)?)?;
+        let mut node = Self { config, socket, root, installation: None, log: work.log(NODE), process: None };
+        node.launch()?;
+        Ok(node)
+    }
+
+    /// Starts it in an installation, with these settings, whose paths are the defaults.
+    ///
+    /// # Errors
+    ///
+    /// If it does not start.
+    pub fn start_in(work: &Workdir, installation: &Installation, settings: &str) -> Result<Self> {
+        // Its file is not below /etc, so that its arguments name the workdir and a sweep finds it.
+        let config = work.dir("node")?.join("millstreamd.toml");
+        std::fs::write(&config, settings)?;
+        let socket = installation.at("/run/millstream/millstream.sock");
+        let root = installation.at("/var/lib/millstream");
+        let installation = Some(installation.clone());
+        let mut node = Self { config, socket, root, installation, log: work.log(NODE), process: None };
         node.launch()?;
         Ok(node)
     }
@@ -91,8 +116,12 @@ impl Node {
         if self.process.is_some() {
             return Ok(());
         }
-        let mut command = Command::new(product(NODE).context("millstreamd is not built")?);
-        command.arg("--config").arg(self.dir.join("millstreamd.toml"));
+        let program = product(NODE).context("millstreamd is not built")?;
+        let mut command = match &self.installation {
+            Some(installation) => installation.command(&program),
+            None => Command::new(program),
+        };
+        command.arg("--config").arg(&self.config);
         let mut process = Process::spawn(NODE, command, &self.log)?;
         let socket = self.socket();
         process.wait_ready(READY, || socket_accepts(&socket) && status_of(&socket).is_ok())?;
@@ -102,12 +131,12 @@ impl Node {
 
     /// The socket for containerd and for the command line.
     pub fn socket(&self) -> PathBuf {
-        self.dir.join("m.sock")
+        self.socket.clone()
     }
 
     /// Directory of its state.
     pub fn root(&self) -> PathBuf {
-        self.dir.join("root")
+        self.root.clone()
     }
 
     /// Its output.
@@ -126,6 +155,16 @@ impl Node {
         let id = process.id();
         let children = std::fs::read_to_string(format!("/proc/{id}/task/{id}/children")).unwrap_or_default();
         children.split_whitespace().filter_map(|pid| pid.parse().ok()).collect()
+    }
+
+    /// The most memory that one of its workers has had so far; see [`peak_memory`].
+    ///
+    /// # Errors
+    ///
+    /// If there is no worker.
+    pub fn peak_memory(&self) -> Result<u64> {
+        let peaks: Result<Vec<u64>> = self.workers().into_iter().map(|pid| peak_memory(pid.unsigned_abs())).collect();
+        peaks?.into_iter().max().with_context(|| format!("{NODE} has no worker"))
     }
 
     /// SIGKILL to its workers, as a crash would be, and waits until a new one answers.
@@ -231,6 +270,10 @@ pub struct ServerOptions {
     pub certs_d: PathBuf,
     /// Whether an image that a node asks for is imported without being told to.
     pub import_on_demand: bool,
+    /// Most files of a layer, where the default would take a test too long to exceed.
+    pub max_entries: Option<u64>,
+    /// Whether the content of layers that cannot be entered is kept.
+    pub packed_content: bool,
 }
 
 /// A running `millstream-server`.
@@ -257,6 +300,15 @@ impl Server {
         let id = process.id();
         process.wait_ready(READY, || listens(id, port))?;
         Ok(Self { process })
+    }
+
+    /// The most memory that it has had so far; see [`peak_memory`].
+    ///
+    /// # Errors
+    ///
+    /// If it has ended.
+    pub fn peak_memory(&self) -> Result<u64> {
+        peak_memory(self.process.id())
     }
 
     /// Asks it to end.
@@ -322,6 +374,7 @@ fn node_settings(dir: &Path, options: &NodeOptions) -> Result<String> {
     if let Some(file) = &options.docker_config {
         writeln!(text, "docker_config = {file:?}")?;
     }
+    writeln!(text, "\n[containerd]\naddress = {:?}", options.containerd.as_deref().unwrap_or(Path::new("")))?;
     let deadline = options.read_deadline.as_millis();
     writeln!(text, "\n[fetch]\nhydration = {}\nread_deadline = \"{deadline}ms\"", options.hydration)?;
     text.push_str("\n[log]\nlevel = \"debug,h2=info,hyper=info,tonic=info,tower=info\"\n");
@@ -338,6 +391,12 @@ fn server_settings(dir: &Path, options: &ServerOptions) -> Result<String> {
     }
     writeln!(text, "\n[registry]\nhosts_dir = {:?}", options.certs_d)?;
     writeln!(text, "\n[import]\non_demand = {}\nscratch = {scratch:?}", options.import_on_demand)?;
+    if !options.packed_content {
+        text.push_str("packed_max = \"0B\"\n");
+    }
+    if let Some(entries) = options.max_entries {
+        writeln!(text, "\n[import.budget]\nentries = {entries}")?;
+    }
     text.push_str("\n[log]\nlevel = \"debug,h2=info,hyper=info,tonic=info,tower=info\"\n");
     Ok(text)
 }

@@ -39,8 +39,10 @@ impl MediaTypes {
 
     fn layer(self, packing: Packing) -> &'static str {
         match (self, packing) {
-            (Self::Oci, Packing::Zstd) => "application/vnd.oci.image.layer.v1.tar+zstd",
-            (Self::Docker, Packing::Zstd) => "application/vnd.docker.image.rootfs.diff.tar.zstd",
+            (Self::Oci, Packing::Zstd | Packing::ZstdFrames(_)) => "application/vnd.oci.image.layer.v1.tar+zstd",
+            (Self::Docker, Packing::Zstd | Packing::ZstdFrames(_)) => {
+                "application/vnd.docker.image.rootfs.diff.tar.zstd"
+            }
             (Self::Oci, Packing::Plain) => "application/vnd.oci.image.layer.v1.tar",
             (Self::Oci, _) => "application/vnd.oci.image.layer.v1.tar+gzip",
             (Self::Docker, Packing::Plain) => "application/vnd.docker.image.rootfs.diff.tar",
@@ -297,29 +299,15 @@ fn write_blob(blobs: &Path, entries: &[Entry], packing: Packing) -> Result<Layer
     Ok(info)
 }
 
+/// `sha256:` and the digest of these bytes.
+pub fn sha256(bytes: &[u8]) -> String {
+    format!("sha256:{}", hex::encode(Sha256::digest(bytes)))
+}
+
 fn write_bytes(blobs: &Path, blob: &Blob) -> Result<LayerInfo> {
     let digest = hex::encode(Sha256::digest(&blob.bytes));
     std::fs::write(blobs.join(&digest), &blob.bytes)?;
     Ok(LayerInfo { digest, size: blob.bytes.len() as u64, diff_id: blob.diff_id.clone() })
-}
-
-/// Writes an image index of these images into a layout that has them, under `tag`.
-///
-/// # Errors
-///
-/// If a file cannot be read or written.
-pub fn write_index(layout: &Path, tag: &str, images: &[ImageInfo]) -> Result<()> {
-    const INDEX: &str = "application/vnd.oci.image.index.v1+json";
-    let blobs = layout.join("blobs/sha256");
-    let mut manifests = Vec::with_capacity(images.len());
-    for image in images {
-        let digest = image.manifest.trim_start_matches("sha256:");
-        let size = std::fs::metadata(blobs.join(digest)).with_context(|| format!("manifest {digest}"))?.len();
-        manifests.push(descriptor(MediaTypes::Oci.manifest(), digest, size));
-    }
-    let index = json!({ "schemaVersion": 2, "mediaType": INDEX, "manifests": manifests });
-    let index = write_json(&blobs, &index, INDEX)?;
-    add_to_index(layout, tag, index)
 }
 
 fn write_json(blobs: &Path, value: &impl Serialize, media_type: &str) -> Result<Value> {

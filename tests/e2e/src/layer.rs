@@ -34,6 +34,8 @@ pub enum Content {
     Bytes(Vec<u8>),
     /// Read when the layer is written.
     File(PathBuf),
+    /// So many bytes of [`Noise`] with this seed, made when the layer is written.
+    Noise(u32, u64),
     /// Stored with its holes left out, in GNU's sparse form 1.0: the whole size, and what stands where, ascending.
     Sparse(u64, Vec<(u64, Vec<u8>)>),
 }
@@ -150,14 +152,52 @@ impl Entry {
 
 /// Bytes that do not compress; the same for the same `seed`.
 pub fn noise(seed: u32, bytes: usize) -> Vec<u8> {
-    let mut state = seed | 1;
-    let next = || {
-        state ^= state << 13;
-        state ^= state >> 17;
-        state ^= state << 5;
-        state.to_be_bytes()[0]
-    };
-    std::iter::repeat_with(next).take(bytes).collect()
+    let mut out = vec![0; bytes];
+    Noise::new(seed, bytes as u64).fill(&mut out);
+    out
+}
+
+/// The same as a stream of so many bytes.
+#[derive(Debug, Clone)]
+pub struct Noise {
+    state: u64,
+    word: [u8; 8],
+    /// Bytes of `word` that were given out.
+    used: usize,
+    left: u64,
+}
+
+impl Noise {
+    /// A stream of `bytes` bytes.
+    pub fn new(seed: u32, bytes: u64) -> Self {
+        // Any state but zero is good.
+        let state = u64::from(seed) << 1 | 1;
+        Self { state, word: [0; 8], used: 8, left: bytes }
+    }
+
+    fn fill(&mut self, out: &mut [u8]) {
+        let (rest, new) = out.split_at_mut(out.len().min(self.word.len() - self.used));
+        rest.copy_from_slice(&self.word[self.used..][..rest.len()]);
+        self.used += rest.len();
+        for piece in new.chunks_mut(self.word.len()) {
+            // Marsaglia's xorshift, scrambled by a multiplication.
+            self.state ^= self.state >> 12;
+            self.state ^= self.state << 25;
+            self.state ^= self.state >> 27;
+            self.word = self.state.wrapping_mul(0x2545_f491_4f6c_dd1d).to_be_bytes();
+            piece.copy_from_slice(&self.word[..piece.len()]);
+            self.used = piece.len();
+        }
+    }
+}
+
+impl io::Read for Noise {
+    fn read(&mut self, out: &mut [u8]) -> io::Result<usize> {
+        let take = usize::try_from(self.left).unwrap_or(usize::MAX).min(out.len());
+        self.fill(&mut out[..take]);
+        self.left -= take as u64;
+        Ok(take)
+    }
 }
 
 /// What a written layer is known by.
@@ -322,6 +362,10 @@ fn append<W: Write>(builder: &mut tar::Builder<W>, entry: &Entry) -> Result<()> 
             // A file that grows meanwhile must not make the tar invalid.
             append_data(builder, header, size, file.take(size))
         }
+        Kind::File(Content::Noise(seed, size)) => {
+            // A tar is written in small pieces; noise is made in larger ones.
+            append_data(builder, header, *size, io::BufReader::with_capacity(1 << 16, Noise::new(*seed, *size)))
+        }
         Kind::File(Content::Sparse(_, pieces)) => {
             let stored = sparse_data(pieces);
             append_data(builder, header, stored.len() as u64, stored.as_slice())
@@ -404,7 +448,9 @@ mod tests {
     fn members_and_one_stream_hold_the_same_tar() {
         let entries = [Entry::directory("d"), Entry::file("d/f", vec![7; 5000]).mtime(1, 5).xattr("user.a", "b")];
         let mut blobs = Vec::new();
-        for packing in [Packing::Plain, Packing::Gzip, Packing::GzipMembers(1000), Packing::Zstd] {
+        for packing in
+            [Packing::Plain, Packing::Gzip, Packing::GzipMembers(1000), Packing::Zstd, Packing::ZstdFrames(1000)]
+        {
             let mut blob = Vec::new();
             let info = write_layer(&entries, packing, &mut blob).unwrap();
             assert_eq!(info.size, blob.len() as u64);
@@ -417,6 +463,22 @@ mod tests {
         let mut first = Vec::new();
         flate2::read::GzDecoder::new(blobs[2].1.as_slice()).read_to_end(&mut first).unwrap();
         assert_eq!(first.len(), 1000);
+    }
+
+    #[test]
+    fn noise_is_the_same_however_it_is_read() {
+        let mut streamed = Vec::new();
+        let mut stream = Noise::new(7, 1000);
+        let mut piece = [0; 13];
+        loop {
+            let read = stream.read(&mut piece).unwrap();
+            if read == 0 {
+                break;
+            }
+            streamed.extend_from_slice(&piece[..read]);
+        }
+        assert_eq!(streamed, noise(7, 1000));
+        assert_ne!(streamed, noise(8, 1000));
     }
 
     #[test]

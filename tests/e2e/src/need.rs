@@ -11,6 +11,9 @@ pub const REQUIRE_ALL: &str = "MILLSTREAM_REQUIRE_ALL";
 
 /// The version of containerd 2.x that `tests/tools/install.sh` builds.
 pub const CONTAINERD_2: &str = "2.2.9";
+/// The other releases of containerd, which `tests/tools/install.sh clients` builds: the last of 1.7, of the first line of
+/// 2.x, which has no labels in its transfer service, and the newest.
+pub const CONTAINERDS: [&str; 3] = ["1.7.35", "2.0.14", "2.4.2"];
 
 /// One thing outside of this repository that a test cannot do without.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
@@ -21,6 +24,8 @@ pub enum Need {
     Program(&'static str),
     /// containerd 2.x with its `ctr` and shim, as `tests/tools/install.sh` builds it.
     Containerd2,
+    /// One of [`CONTAINERDS`], as `tests/tools/install.sh clients` builds it.
+    Containerd(&'static str),
     /// containerd's own suite for snapshotters, as `tests/tools/install.sh` builds it.
     Conformance,
     /// A program of this project, built in the same profile as the test.
@@ -33,7 +38,8 @@ impl Need {
         match self {
             Self::Root => rustix::process::geteuid().is_root(),
             Self::Program(name) => program(name).is_some(),
-            Self::Containerd2 => containerd_2_dir().join("containerd").is_file(),
+            Self::Containerd2 => Self::Containerd(CONTAINERD_2).is_met(),
+            Self::Containerd(release) => containerd_dir(release).join("containerd").is_file(),
             Self::Conformance => conformance_suite().is_file(),
             Self::Product(name) => product(name).is_some(),
         }
@@ -44,6 +50,7 @@ impl Need {
             Self::Root => "root privileges".to_owned(),
             Self::Program(name) => format!("program {name}"),
             Self::Containerd2 => format!("containerd {CONTAINERD_2} (tests/tools/install.sh)"),
+            Self::Containerd(release) => format!("containerd {release} (tests/tools/install.sh clients)"),
             Self::Conformance => "containerd's suite for snapshotters (tests/tools/install.sh)".to_owned(),
             Self::Product(name) => format!("{name} (cargo build --bin {name})"),
         }
@@ -99,9 +106,9 @@ pub fn product(name: &str) -> Option<PathBuf> {
     Some(dir.join(name)).filter(|file| file.is_file())
 }
 
-/// Where `tests/tools/install.sh` puts the programs of containerd 2.x.
-pub fn containerd_2_dir() -> PathBuf {
-    tools().join(format!("containerd-{CONTAINERD_2}/bin"))
+/// Where `tests/tools/install.sh` puts the programs of this release of containerd.
+pub fn containerd_dir(release: &str) -> PathBuf {
+    tools().join(format!("containerd-{release}/bin"))
 }
 
 /// The program that `tests/tools/install.sh` makes of `tests/conformance`.

@@ -198,3 +198,16 @@ pub fn pause() {
 pub fn socket_accepts(socket: &Path) -> bool {
     std::os::unix::net::UnixStream::connect(socket).is_ok()
 }
+
+/// The most memory, in bytes, that a process has had so far: its own and what it has mapped of files.
+///
+/// # Errors
+///
+/// If it has ended.
+pub fn peak_memory(process: u32) -> Result<u64> {
+    let status =
+        std::fs::read_to_string(format!("/proc/{process}/status")).context("reading the state of a process")?;
+    let line = status.lines().find_map(|line| line.strip_prefix("VmHWM:")).context("the process has no memory")?;
+    let kibibytes: u64 = line.trim().trim_end_matches(" kB").parse()?;
+    Ok(kibibytes * 1024)
+}

@@ -101,6 +101,8 @@ pub fn free_address() -> Result<SocketAddr> {
 #[derive(Debug)]
 pub struct Registry {
     options: RegistryOptions,
+    /// Where its configuration and its storage are.
+    dir: PathBuf,
     /// What clients call, where it is not the address itself (a proxy in between).
     public: SocketAddr,
     process: Process,
@@ -142,7 +144,7 @@ impl Registry {
         } else {
             process.wait_ready(READY, || TcpStream::connect(options.address).is_ok())?;
         }
-        Ok(Self { options, public, process })
+        Ok(Self { options, dir, public, process })
     }
 
     /// `host:port`, the first part of the references of its images.
@@ -184,18 +186,34 @@ impl Registry {
         output(&mut command).map(drop)
     }
 
-    /// Copies the image index with this tag of an OCI layout, and all its images, to `repository:tag`, byte for byte.
+    /// Puts all blobs of an OCI layout into a repository, and the manifests among them by their digests. It writes into the
+    /// registry's storage: of many images a push costs seconds.
     ///
     /// # Errors
     ///
-    /// If the layout has no such index, or `skopeo` fails.
-    pub fn push_all(&self, layout: &Path, tag: &str, name_and_tag: &str) -> Result<()> {
-        let mut command = Command::new("skopeo");
-        command.args(["--insecure-policy", "copy", "--quiet", "--all", "--preserve-digests"]);
-        command.arg("--dest-tls-verify=false");
-        command.arg(format!("oci:{}:{tag}", layout.display()));
-        command.arg(format!("docker://{}", self.reference(name_and_tag)));
-        output(&mut command).map(drop)
+    /// If a file cannot be written.
+    pub fn place(&self, layout: &Path, repository: &str, manifests: &[&str]) -> Result<()> {
+        let storage = self.dir.join("data/docker/registry/v2");
+        let repository = storage.join("repositories").join(repository);
+        let link = |at: PathBuf, hex: &str| -> Result<()> {
+            std::fs::create_dir_all(&at)?;
+            Ok(std::fs::write(at.join("link"), format!("sha256:{hex}"))?)
+        };
+        for entry in std::fs::read_dir(layout.join("blobs/sha256"))? {
+            let entry = entry?;
+            let name = entry.file_name();
+            let hex = name.to_str().context("name of a blob")?;
+            let blob = storage.join("blobs/sha256").join(&hex[..2]).join(hex);
+            std::fs::create_dir_all(&blob)?;
+            if !blob.join("data").exists() {
+                std::fs::copy(entry.path(), blob.join("data"))?;
+            }
+            link(repository.join("_layers/sha256").join(hex), hex)?;
+        }
+        for hex in manifests.iter().filter_map(|digest| digest.strip_prefix("sha256:")) {
+            link(repository.join("_manifests/revisions/sha256").join(hex), hex)?;
+        }
+        Ok(())
     }
 
     /// Writes the `hosts.toml` of this registry into a certs.d directory, as containerd and millstreamd read it.

@@ -1,19 +1,19 @@
-//! An unpacked image as containerd has it, mounted without a container: a view of its topmost snapshot.
+//! An unpacked image as a container has it, mounted without one: an active snapshot over its topmost one.
 
 use std::path::{Path, PathBuf};
 
-use anyhow::{Context as _, Result};
-use millstream_wire::containerd::services::snapshots::v1::ViewSnapshotRequest;
+use anyhow::{Context as _, Result, ensure};
+use millstream_wire::containerd::services::snapshots::v1::PrepareSnapshotRequest;
 use millstream_wire::containerd::services::snapshots::v1::snapshots_client::SnapshotsClient;
 use millstream_wire::containerd::types::Mount;
-use rustix::mount::{MountFlags, UnmountFlags, mount, mount_bind_recursive, unmount};
+use rustix::mount::{MountFlags, UnmountFlags, mount, unmount};
 use sha2::{Digest as _, Sha256};
 
 use crate::containerd::Containerd;
 use crate::cri::connect;
 use crate::image::ImageInfo;
 
-/// A mounted view; it is unmounted when it is dropped.
+/// A mounted snapshot; it is unmounted when it is dropped.
 #[derive(Debug)]
 pub struct View {
     at: PathBuf,
@@ -27,7 +27,7 @@ impl View {
     /// If the image is not unpacked, or cannot be mounted.
     pub fn mount(containerd: &Containerd, namespace: &str, image: &ImageInfo, at: &Path) -> Result<Self> {
         std::fs::create_dir_all(at)?;
-        let mut request = tonic::Request::new(ViewSnapshotRequest {
+        let mut request = tonic::Request::new(PrepareSnapshotRequest {
             snapshotter: containerd.snapshotter().to_owned(),
             key: at.display().to_string(),
             parent: chain_id(image),
@@ -38,7 +38,7 @@ impl View {
         let runtime = tokio::runtime::Builder::new_current_thread().enable_all().build()?;
         let answer = runtime.block_on(async {
             let mut client = SnapshotsClient::new(connect(&containerd.socket()).await?);
-            anyhow::Ok(client.view(request).await?.into_inner())
+            anyhow::Ok(client.prepare(request).await?.into_inner())
         })?;
         for wanted in &answer.mounts {
             perform(wanted, at).with_context(|| format!("mounting {wanted:?}"))?;
@@ -67,11 +67,8 @@ fn chain_id(image: &ImageInfo) -> String {
 }
 
 fn perform(wanted: &Mount, at: &Path) -> Result<()> {
-    let is_flag = |option: &&String| matches!(option.as_str(), "ro" | "rw" | "bind" | "rbind");
-    if wanted.options.iter().any(|option| option == "rbind" || option == "bind") {
-        return Ok(mount_bind_recursive(&wanted.source, at)?);
-    }
-    let data: Vec<&str> = wanted.options.iter().filter(|option| !is_flag(option)).map(String::as_str).collect();
+    ensure!(wanted.r#type == "overlay", "not an overlay");
+    let data: Vec<&str> = wanted.options.iter().map(String::as_str).collect();
     let data = std::ffi::CString::new(data.join(","))?;
-    Ok(mount(&wanted.source, at, &wanted.r#type, MountFlags::RDONLY, data.as_c_str())?)
+    Ok(mount(&wanted.source, at, &wanted.r#type, MountFlags::empty(), data.as_c_str())?)
 }

@@ -126,7 +126,7 @@ fn a_pull_that_ends_half_way_is_repeated_and_leaves_nothing() {
     let node = stage.node_on_demand().unwrap();
     let containerd = stage.containerd(Version::V2, &node, true).unwrap();
     stage.spoiler().unwrap().set(Spoiling::Slow(64 << 10));
-    let command = containerd.ctr_pull_command("one", &image.reference, None).unwrap();
+    let command = containerd.ctr_pull_command("one", &image.reference, None, &[]).unwrap();
     let pull = Process::spawn("ctr", command, &stage.work.log("ctr")).unwrap();
     let unpacking = || (count(&node, Kind::Active) == 1).then_some(());
     eventually("the second layer to be unpacked", DEADLINE, unpacking).unwrap();
@@ -160,7 +160,7 @@ fn a_namespace_whose_caller_nobody_can_vouch_for_pulls_the_ordinary_way() {
     let options = NodeOptions { docker_config: Some(config.clone()), hydration: false, ..stage.node_options() };
     let node = Node::start(&stage.work, &options).unwrap();
     let containerd = stage.containerd(Version::V2, &node, true).unwrap();
-    output(&mut containerd.ctr_pull_command("one", &image.reference, Some(&login)).unwrap()).unwrap();
+    output(&mut containerd.ctr_pull_command("one", &image.reference, Some(&login), &[]).unwrap()).unwrap();
     await_decision(&node, &image, Outcome::Lazy, "").unwrap();
     let shared = node.snapshots().unwrap().len();
 
@@ -168,12 +168,12 @@ fn a_namespace_whose_caller_nobody_can_vouch_for_pulls_the_ordinary_way() {
     // whoever pulls at the same time.)
     std::fs::write(&config, "{}").unwrap();
     stage.count_from_now().unwrap();
-    output(&mut containerd.ctr_pull_command("two", &image.reference, None).unwrap()).unwrap_err();
+    output(&mut containerd.ctr_pull_command("two", &image.reference, None, &[]).unwrap()).unwrap_err();
     let mut pulls = 0;
     let namespace = eventually("a decision of its own", DEADLINE, || {
         pulls += 1;
         let namespace = format!("two-{pulls}");
-        output(&mut containerd.ctr_pull_command(&namespace, &image.reference, Some(&login)).unwrap()).unwrap();
+        output(&mut containerd.ctr_pull_command(&namespace, &image.reference, Some(&login), &[]).unwrap()).unwrap();
         let decisions = node.explain(&image.reference).unwrap().decisions;
         (decisions[0].outcome() == Outcome::Deferred).then_some(namespace)
     })

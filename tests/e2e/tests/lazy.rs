@@ -5,105 +5,43 @@
 use std::time::Duration;
 
 use millstream_e2e::containerd::{Containerd, Version};
-use millstream_e2e::cri::{ContainerSpec, Cri, Pod};
+use millstream_e2e::cri::ContainerSpec;
 use millstream_e2e::daemons::Node;
-use millstream_e2e::image::{Image, shell, small};
+use millstream_e2e::image::{Image, shell};
 use millstream_e2e::layer::{Entry, Packing, noise};
 use millstream_e2e::need::Need;
-use millstream_e2e::stage::{Pushed, Stage, await_decision, await_verified, can_be_set, layers_of};
-use millstream_wire::millstream::v1::decision::Outcome;
+use millstream_e2e::scenario::{ctr_pull, ctr_run, lazy_by, lazy_by_cri};
+use millstream_e2e::stage::{Pushed, Stage, can_be_set, layers_of};
 use millstream_wire::millstream::v1::layer_status::State;
 
 const DEADLINE: Duration = Duration::from_secs(30);
-const READ_ALL: &str = "find / -xdev -type f | sort | xargs cat | sha256sum";
-
-/// What is true of every lazy pull, whoever pulled: no layer came whole, and the node says why.
-fn assert_lazy(stage: &Stage, node: &Node, image: &Pushed) {
-    await_decision(node, image, Outcome::Lazy, "").unwrap();
-    let requests = stage.layer_requests(image).unwrap();
-    assert!(requests.iter().all(|request| request.status == 206), "{requests:?}");
-    let layers = layers_of(node, image).unwrap();
-    assert_eq!(layers.len(), image.layers().len());
-    assert!(layers.iter().all(|layer| layer.state() == State::Lazy), "{layers:?}");
-}
-
-fn runs_lazily_by_cri_and_then_without_anybody(version: Version, transfer: bool) {
-    let mut stage = Stage::set().unwrap();
-    let image = stage.publish("small", &small().unwrap()).unwrap();
-    let node = stage.node_on_demand().unwrap();
-    let containerd = stage.containerd(version, &node, transfer).unwrap();
-    let mut cri = stage.cri(&containerd).unwrap();
-    stage.count_from_now().unwrap();
-    cri.pull(&image.reference, None).unwrap();
-    assert_lazy(&stage, &node, &image);
-    let pod = cri.run_pod("pod").unwrap();
-    let default = ContainerSpec { image: &image.reference, ..ContainerSpec::default() };
-    assert_eq!(cri.run(&pod, "default", &default, DEADLINE).unwrap(), "hello from the middle layer\n");
-    assert_lazy(&stage, &node, &image);
-
-    let lazily = read_all(&cri, &pod, &image, "all");
-
-    node.set_hydration(true).unwrap();
-    await_verified(&node, &image).unwrap();
-    let requests = stage.layer_requests(&image).unwrap();
-    assert!(requests.iter().all(|request| request.status == 206), "{requests:?}");
-    stage.go_dark().unwrap();
-    assert_eq!(cri.run(&pod, "dark", &default, DEADLINE).unwrap(), "hello from the middle layer\n");
-    assert_eq!(read_all(&cri, &pod, &image, "all-in-the-dark"), lazily);
-}
-
-/// A digest of all files that a container sees.
-fn read_all(cri: &Cri, pod: &Pod, image: &Pushed, name: &str) -> String {
-    let command = &["/bin/sh", "-c", READ_ALL];
-    let spec = ContainerSpec { image: &image.reference, command, ..ContainerSpec::default() };
-    cri.run(pod, name, &spec, DEADLINE).unwrap()
-}
 
 #[test]
 fn containerd_1_by_cri_pulls_lazily_and_needs_nobody_when_hydrated() {
     if can_be_set(&[]) {
-        runs_lazily_by_cri_and_then_without_anybody(Version::V1, false);
+        lazy_by_cri(Version::V1, false).unwrap();
     }
 }
 
 #[test]
 fn containerd_2_by_cri_pulls_lazily_and_needs_nobody_when_hydrated() {
     if can_be_set(&[Need::Containerd2]) {
-        runs_lazily_by_cri_and_then_without_anybody(Version::V2, false);
+        lazy_by_cri(Version::V2, false).unwrap();
     }
 }
 
 #[test]
 fn containerd_2_by_cri_through_the_transfer_service_pulls_lazily_and_needs_nobody_when_hydrated() {
     if can_be_set(&[Need::Containerd2]) {
-        runs_lazily_by_cri_and_then_without_anybody(Version::V2, true);
+        lazy_by_cri(Version::V2, true).unwrap();
     }
 }
 
 #[test]
 fn containerd_2_by_ctr_pulls_lazily_and_needs_nobody_when_hydrated() {
-    if !can_be_set(&[Need::Containerd2]) {
-        return;
+    if can_be_set(&[Need::Containerd2]) {
+        lazy_by(Version::V2, ctr_pull, ctr_run).unwrap();
     }
-    let mut stage = Stage::set().unwrap();
-    let image = stage.publish("small", &small().unwrap()).unwrap();
-    let node = stage.node_on_demand().unwrap();
-    let containerd = stage.containerd(Version::V2, &node, true).unwrap();
-    stage.count_from_now().unwrap();
-    containerd.ctr_pull("default", &image.reference).unwrap();
-    assert_lazy(&stage, &node, &image);
-    let run =
-        |id: &str, command: &[&str]| containerd.ctr_run(&stage.work, "default", &image.reference, id, command).unwrap();
-    assert_eq!(run("one", &["/bin/cat", "/data/hello"]), "hello from the middle layer\n");
-    assert_lazy(&stage, &node, &image);
-    let lazily = run("all", &["/bin/sh", "-c", READ_ALL]);
-
-    node.set_hydration(true).unwrap();
-    await_verified(&node, &image).unwrap();
-    stage.go_dark().unwrap();
-    let run =
-        |id: &str, command: &[&str]| containerd.ctr_run(&stage.work, "default", &image.reference, id, command).unwrap();
-    assert_eq!(run("dark", &["/bin/sh", "-c", READ_ALL]), lazily);
 }
 
 /// A stage with one image of a shell and a file that does not compress, in a layer of its own.
@@ -166,6 +104,54 @@ fn a_small_part_of_a_large_layer_is_read_with_a_small_part_of_its_bytes() {
         requests.iter().filter(|request| request.path.ends_with(&blob.digest)).map(|request| request.bytes).sum();
     assert!(received < blob.size / 4, "{received} bytes for one page: {requests:?}");
     assert!(layers_of(&node, &image).unwrap().iter().all(|layer| layer.state() == State::Lazy));
+}
+
+#[test]
+fn zstd_layers_are_lazy_also_one_that_cannot_be_entered_and_need_nobody_when_hydrated() {
+    if !can_be_set(&[]) {
+        return;
+    }
+    let mut stage = Stage::set().unwrap();
+    let image = Image::new()
+        .layer(shell().unwrap(), Packing::Zstd)
+        .layer(vec![Entry::file("frames", noise(1, 9 << 20))], Packing::ZstdFrames(1 << 19))
+        .layer(vec![Entry::file("one-frame", noise(2, 24 << 20)), Entry::file("end", "the end\n")], Packing::Zstd);
+    let image = stage.publish("zstd", &image).unwrap();
+    let node = stage.node_on_demand().unwrap();
+    let containerd = stage.containerd(Version::V1, &node, false).unwrap();
+    let mut cri = stage.cri(&containerd).unwrap();
+    stage.count_from_now().unwrap();
+    cri.pull(&image.reference, None).unwrap();
+    assert_lazy(&stage, &node, &image);
+    let pod = cri.run_pod("pod").unwrap();
+    let run = |name: &str, script: &str| {
+        let command = &["/bin/sh", "-c", script];
+        let spec = ContainerSpec { image: &image.reference, command, ..ContainerSpec::default() };
+        cri.run(&pod, name, &spec, DEADLINE).unwrap()
+    };
+    // A page in the middle, then the end: neither takes the blob that cannot be entered.
+    let page = run("page", "dd if=/one-frame bs=4096 skip=3000 count=1 2>/dev/null | sha256sum; cat /end");
+    assert_eq!(page, format!("{}  -\nthe end\n", sha256(&noise(2, 24 << 20)[3000 * 4096..][..4096])));
+    let sums = run("sums", "sha256sum /frames /one-frame");
+    let expected = [(noise(1, 9 << 20), "frames"), (noise(2, 24 << 20), "one-frame")];
+    assert_eq!(sums, expected.map(|(bytes, name)| format!("{}  /{name}\n", sha256(&bytes))).concat());
+    let closed = &image.info.layers[2].digest;
+    // What the pull may have asked for to see that it can read the blob.
+    let received: u64 = stage
+        .layer_requests(&image)
+        .unwrap()
+        .iter()
+        .filter(|request| request.path.ends_with(closed))
+        .map(|request| request.bytes)
+        .sum();
+    assert!(received < 4096, "{received} bytes of a blob that cannot be entered");
+    assert_lazy(&stage, &node, &image);
+    let lazily = read_all(&cri, &pod, &image, "all");
+
+    node.set_hydration(true).unwrap();
+    await_verified(&node, &image).unwrap();
+    stage.go_dark().unwrap();
+    assert_eq!(read_all(&cri, &pod, &image, "all-in-the-dark"), lazily);
 }
 
 fn sha256(bytes: &[u8]) -> String {

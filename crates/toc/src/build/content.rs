@@ -3,7 +3,7 @@
 use std::io::Read;
 
 use super::Budget;
-use super::error::BuildError;
+use super::error::{BuildError, counted};
 use super::stream::{Shared, TarStream, short_digest};
 use crate::format::{CHUNK_SIZE, ChunkIx, ContentIx, ContentRecord, DATA_ALIGN, ExtentRecord, NONE, SHORT_DIGEST};
 use crate::range::{DataRange, FileRange};
@@ -51,12 +51,12 @@ impl<'s> Contents<'s> {
         }
         let budget = self.budget;
         if member.size > budget.max_file_size {
-            return Err(BuildError::over("bytes of one file", budget.max_file_size));
+            return Err(BuildError::over(counted::FILE_BYTES, budget.max_file_size));
         }
         let count = member.size.div_ceil(CHUNK_SIZE);
         let digests = (self.chunks.len() as u64 + count) * SHORT_DIGEST as u64;
         if digests > budget.max_toc_bytes {
-            return Err(BuildError::over("bytes of TOC", budget.max_toc_bytes));
+            return Err(BuildError::over(counted::TOC_BYTES, budget.max_toc_bytes));
         }
         let many = || BuildError::over("chunks", u32::MAX.into());
         let ix = ContentIx::try_from(self.records.len()).map_err(|_| many())?;
@@ -112,7 +112,7 @@ impl<'s> Contents<'s> {
             len: extent.len.into(),
         }));
         if (self.extents.len() * size_of::<ExtentRecord>()) as u64 > self.budget.max_toc_bytes {
-            return Err(BuildError::over("bytes of TOC", self.budget.max_toc_bytes));
+            return Err(BuildError::over(counted::TOC_BYTES, self.budget.max_toc_bytes));
         }
         u32::try_from(first).map_err(|_| BuildError::over("extents", u32::MAX.into()))
     }

@@ -2,6 +2,7 @@
 
 use std::io;
 
+use crate::frames::FrameError;
 use crate::tar::TarError;
 
 /// Why a layer gets no TOC.
@@ -46,23 +47,38 @@ pub enum Ineligible {
         /// The missing file.
         target: String,
     },
-    /// A deflate block is so long that no checkpoint can be made in time.
-    #[error("no deflate block ends within {limit} bytes of output after byte {start} of the tar")]
+    /// A deflate block or zstd frame is so long that no checkpoint can be made in time. Only with
+    /// [`ClosedSpans::Decline`](super::ClosedSpans::Decline).
+    #[error("no {end} ends within {limit} bytes of output after byte {start} of the tar")]
     SpanTooLong {
+        /// `deflate block` or `zstd frame`.
+        end: &'static str,
         /// Where the span starts in the tar.
         start: u64,
         /// [`MAX_SPAN`](crate::format::MAX_SPAN).
         limit: u64,
     },
-    /// The media type says gzip, the bytes do not: containerd would look for another compression.
-    #[error("blob is not gzip, though its media type says so")]
-    NotGzip,
-    /// Bytes follow the last gzip member. Go's decompressor refuses them, others ignore them, so that what containerd does
-    /// depends on the programs that are installed beside it.
-    #[error("bytes follow the last gzip member at byte {offset} of the blob")]
+    /// The media type names a compression that the bytes do not have: containerd would look for another one.
+    #[error("blob is not {compression}, though its media type says so")]
+    NotCompressed {
+        /// `gzip` or `zstd`.
+        compression: &'static str,
+    },
+    /// Bytes follow the last gzip member or zstd frame. Go's decompressors refuse them, others ignore them, so that what
+    /// containerd does depends on the programs that are installed beside it.
+    #[error("bytes follow the last {unit} at byte {offset} of the blob")]
     TrailingBytes {
+        /// `gzip member` or `zstd frame`.
+        unit: &'static str,
         /// Where they start.
         offset: u64,
+    },
+    /// A zstd frame asks for a dictionary, or for more history than
+    /// [`MAX_FRAME_WINDOW`](crate::format::MAX_FRAME_WINDOW).
+    #[error("{what}")]
+    Frame {
+        /// What it asks for.
+        what: FrameError,
     },
     /// The tar exceeds a limit of the reader, or asks for what no inode can hold.
     #[error("{what}")]
@@ -104,6 +120,49 @@ pub enum Ineligible {
         /// The file.
         path: String,
     },
+}
+
+/// What a [`Budget`](super::Budget) counts, as errors say it.
+pub(super) mod counted {
+    pub(in crate::build) const DIRECTORIES: &str = "directories";
+    pub(in crate::build) const FILES: &str = "files";
+    pub(in crate::build) const FILE_BYTES: &str = "bytes of one file";
+    pub(in crate::build) const NAMES: &str = "names";
+    pub(in crate::build) const NAME_BYTES: &str = "bytes of names";
+    pub(in crate::build) const RATIO: &str = "bytes of tar per byte of blob";
+    pub(in crate::build) const TAR_BYTES: &str = "bytes of tar";
+    pub(in crate::build) const TOC_BYTES: &str = "bytes of TOC";
+}
+
+/// The fields of a [`Budget`](super::Budget) that whoever builds may want to raise.
+#[derive(Debug, Clone, Copy, PartialEq, Eq, Hash)]
+pub enum Bound {
+    /// `max_entries`.
+    Entries,
+    /// `max_tar_size`.
+    TarSize,
+    /// `max_file_size`.
+    FileSize,
+    /// `max_ratio`.
+    Ratio,
+    /// `max_toc_bytes`.
+    TocBytes,
+}
+
+impl Ineligible {
+    /// The field of the budget that was spent, if that was the reason.
+    #[must_use]
+    pub fn bound(&self) -> Option<Bound> {
+        let Self::Budget { what, .. } = self else { return None };
+        match *what {
+            counted::DIRECTORIES | counted::FILES | counted::NAMES => Some(Bound::Entries),
+            counted::TAR_BYTES => Some(Bound::TarSize),
+            counted::FILE_BYTES => Some(Bound::FileSize),
+            counted::RATIO => Some(Bound::Ratio),
+            counted::TOC_BYTES | counted::NAME_BYTES => Some(Bound::TocBytes),
+            _ => None,
+        }
+    }
 }
 
 impl BuildError {

@@ -11,7 +11,7 @@ use std::hash::{BuildHasher, RandomState};
 use std::rc::Rc;
 
 use super::Budget;
-use super::error::{BuildError, Ineligible, text};
+use super::error::{BuildError, Ineligible, counted, text};
 use super::path::{clean, components, split};
 use crate::format::{ContentIx, FLAG_IMPLIED, FLAG_LATE, FLAG_OPAQUE, Kind, NONE};
 use crate::read::{MAX_NAME, MAX_PATH};
@@ -221,7 +221,7 @@ impl<'b> Tree<'b> {
         if member.kind == MemberKind::Directory {
             // One directory may be named again and again, which makes neither a file nor a name.
             if self.directories.len() as u64 >= self.budget.max_entries {
-                return Err(BuildError::over("directories", self.budget.max_entries));
+                return Err(BuildError::over(counted::DIRECTORIES, self.budget.max_entries));
             }
             let name = clean(&member.name);
             let text = self.store_text(&name)?;
@@ -308,7 +308,7 @@ impl<'b> Tree<'b> {
 
     fn add_node(&mut self, node: Node) -> Result<NodeIx, BuildError> {
         if self.nodes.len() as u64 >= self.budget.max_entries {
-            return Err(BuildError::over("files", self.budget.max_entries));
+            return Err(BuildError::over(counted::FILES, self.budget.max_entries));
         }
         let ix = u32::try_from(self.nodes.len()).map_err(|_| BuildError::over("files", u32::MAX.into()))?;
         self.nodes.push(node);
@@ -371,7 +371,7 @@ impl<'b> Tree<'b> {
             u32::try_from(self.xattrs.len()).map_err(|_| BuildError::over("sets of attributes", u32::MAX.into()))?;
         self.xattr_bytes += set.iter().map(|(name, value)| (name.len() + value.len() + 16) as u64).sum::<u64>();
         if self.xattr_bytes > self.budget.max_toc_bytes {
-            return Err(BuildError::over("bytes of TOC", self.budget.max_toc_bytes));
+            return Err(BuildError::over(counted::TOC_BYTES, self.budget.max_toc_bytes));
         }
         let set = Rc::new(set);
         self.xattrs.push(Rc::clone(&set));
@@ -491,9 +491,9 @@ impl<'b> Tree<'b> {
     fn store_text(&mut self, text: &[u8]) -> Result<u32, BuildError> {
         let limit = self.budget.max_toc_bytes.min(u32::MAX.into());
         if (self.texts.len() + text.len()) as u64 > limit {
-            return Err(BuildError::over("bytes of names", limit));
+            return Err(BuildError::over(counted::NAME_BYTES, limit));
         }
-        let offset = u32::try_from(self.texts.len()).map_err(|_| BuildError::over("bytes of names", limit))?;
+        let offset = u32::try_from(self.texts.len()).map_err(|_| BuildError::over(counted::NAME_BYTES, limit))?;
         self.texts.extend_from_slice(text);
         Ok(offset)
     }
@@ -521,7 +521,7 @@ impl<'b> Tree<'b> {
             return Ok(());
         }
         if self.entries.len() as u64 >= self.budget.max_entries {
-            return Err(BuildError::over("names", self.budget.max_entries));
+            return Err(BuildError::over(counted::NAMES, self.budget.max_entries));
         }
         let at = u32::try_from(self.entries.len()).map_err(|_| BuildError::over("names", u32::MAX.into()))?;
         let name_len = u8::try_from(name.len()).map_err(|_| BuildError::member(name, "name is too long"))?;

@@ -4,7 +4,7 @@ use zerocopy::IntoBytes;
 
 use super::Compression;
 use super::content::Contents;
-use super::error::BuildError;
+use super::error::{BuildError, counted};
 use super::stream::Ended;
 use super::tree::{Node, NodeIx, ROOT, Slot, Tree};
 use crate::format::{
@@ -60,11 +60,7 @@ pub(super) fn write(
     let mut header = Header {
         magic: MAGIC,
         version: VERSION.into(),
-        compression: match compression {
-            Compression::Plain => 0,
-            Compression::Gzip => 1,
-        }
-        .into(),
+        compression: compression.code().into(),
         blob_digest: ended.blob_digest,
         diff_id: ended.diff_id,
         blob_size: ended.blob_size.into(),
@@ -90,7 +86,7 @@ pub(super) fn write(
     ];
     let limit = tree.budget.max_toc_bytes;
     if parts.iter().map(|part| part.len() as u64).sum::<u64>() > limit {
-        return Err(BuildError::over("bytes of TOC", limit));
+        return Err(BuildError::over(counted::TOC_BYTES, limit));
     }
     Ok(parts.concat())
 }

@@ -8,6 +8,7 @@ mod content;
 
 use std::collections::{BTreeMap, HashMap};
 use std::fmt;
+use std::io::ErrorKind;
 use std::os::unix::ffi::{OsStrExt as _, OsStringExt as _};
 use std::os::unix::fs::MetadataExt as _;
 use std::path::Path;
@@ -188,7 +189,11 @@ struct Walk {
 
 impl Walk {
     fn visit(&mut self, at: &Path, path: &mut Vec<u8>) -> Result<()> {
-        let meta = at.symlink_metadata().with_context(|| format!("stat of {}", at.display()))?;
+        let meta = match at.symlink_metadata() {
+            // overlayfs lists whiteouts of directories that it need not merge, and denies that they are there: `c?????????`.
+            Err(error) if error.kind() == ErrorKind::NotFound && !path.is_empty() => return Ok(()),
+            meta => meta.with_context(|| format!("stat of {}", at.display()))?,
+        };
         let kind = Kind::of(meta.mode());
         let directory = kind == Kind::Directory;
         let device = matches!(kind, Kind::Character | Kind::Block);
