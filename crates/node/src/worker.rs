@@ -105,8 +105,8 @@ pub async fn run(settings: &Settings, inherited: Inheritance, restarts: u64) -> 
     let origins = Origins { registry, server: server.clone(), docker_config, metrics: metrics.clone() };
 
     let containerd = &settings.containerd.address;
-    let lookup =
-        (!containerd.as_os_str().is_empty()).then(|| Lookup::new(Containerd::new(ContainerdOptions::new(containerd)), settings.registry.hosts_dir.clone()));
+    let lookup = (!containerd.as_os_str().is_empty())
+        .then(|| Lookup::new(Containerd::new(ContainerdOptions::new(containerd)), settings.registry.hosts_dir.clone()));
 
     // mechanism
     let fetch = FetchOptions {

@@ -99,7 +99,7 @@ pub fn options(compression: Compression) -> BuildOptions {
         max_link_work: 100_000,
         ..Budget::default()
     };
-    BuildOptions { compression, budget }
+    BuildOptions { budget, ..BuildOptions::new(compression) }
 }
 
 /// Gives its bytes in pieces of one size, as a network might.
