@@ -39,7 +39,10 @@ fn decompressed(blob: &[u8]) -> Vec<u8> {
 
 fuzz_target!(init: plant(seeds()), |blob: &[u8]| {
     same_in_pieces(blob, Compression::Zstd);
-    if let Some(toc) = build_and_read_back(blob, Compression::Zstd) {
+    // No frame at all is an empty tar to us, as to containerd, and an error to the library.
+    if let Some(toc) = build_and_read_back(blob, Compression::Zstd)
+        && !blob.is_empty()
+    {
         assert_eq!(DiffId(Digest::of(&decompressed(blob))), toc.diff_id());
     }
 });
