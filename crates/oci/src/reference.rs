@@ -68,6 +68,12 @@ impl ImageRef {
         let shortened = || text.chars().take(300).collect::<String>();
         let reference = Reference::try_from(text)
             .map_err(|error| ReferenceError::Grammar { text: shortened(), reason: error.to_string() })?;
+        // The parser completes without looking again: it takes `Host/app` for a repository of docker.io, where no name has
+        // upper case.
+        if Reference::try_from(reference.whole()).ok().as_ref() != Some(&reference) {
+            let reason = format!("it would be {}, which is none", reference.whole());
+            return Err(ReferenceError::Grammar { text: shortened(), reason });
+        }
         let digest = reference
             .digest()
             .map(str::parse)
@@ -187,6 +193,16 @@ mod tests {
         }
         let error = ImageRef::parse(&format!("a@sha512:{hex128}")).unwrap_err();
         assert!(matches!(error, ReferenceError::Digest { source: DigestError::Algorithm(_), .. }), "{error:?}");
+    }
+
+    #[test]
+    fn what_is_completed_is_a_reference_or_refused() {
+        // To Docker `Host` is a registry here, to the parser a part of a repository of docker.io.
+        for text in ["Host/app", "LAYERS/vnd.oci.image.la:1"] {
+            let error = ImageRef::parse(text).unwrap_err();
+            assert!(matches!(error, ReferenceError::Grammar { .. }), "{error:?}");
+        }
+        assert_eq!(ImageRef::parse("Host:80/app").unwrap().registry(), "Host:80");
     }
 
     proptest! {

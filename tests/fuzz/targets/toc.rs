@@ -18,7 +18,11 @@ fn seeds() -> Vec<Vec<u8>> {
         let blob = archive::gzip(tar, 6);
         build(&blob[..], &options(Compression::Gzip), &mut ()).ok()
     });
-    let canonical: Vec<Vec<u8>> = plain.chain(zipped).map(|built| built.toc).collect();
+    let frames = tars.iter().filter_map(|tar| {
+        let blob = zstd::bulk::compress(tar, 3).ok()?;
+        build(&blob[..], &options(Compression::Zstd), &mut ()).ok()
+    });
+    let canonical: Vec<Vec<u8>> = plain.chain(zipped).chain(frames).map(|built| built.toc).collect();
     let packed: Vec<Vec<u8>> = canonical.iter().map(|toc| pack(toc)).collect();
     canonical.into_iter().chain(packed).collect()
 }
