@@ -43,10 +43,11 @@ fn json(arguments: &[&str]) -> Value {
 
 #[test]
 fn the_help_reads_as_a_person_agreed() {
-    let commands: [&[&str]; 15] = [
+    let commands: [&[&str]; 16] = [
         &[],
         &["status"],
         &["explain"],
+        &["pull"],
         &["prefetch"],
         &["gc"],
         &["doctor"],

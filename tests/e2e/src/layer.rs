@@ -176,17 +176,17 @@ impl Noise {
     }
 
     fn fill(&mut self, out: &mut [u8]) {
-        for byte in out {
-            if self.used == self.word.len() {
-                // Marsaglia's xorshift, scrambled by a multiplication.
-                self.state ^= self.state >> 12;
-                self.state ^= self.state << 25;
-                self.state ^= self.state >> 27;
-                self.word = self.state.wrapping_mul(0x2545_f491_4f6c_dd1d).to_be_bytes();
-                self.used = 0;
-            }
-            *byte = self.word[self.used];
-            self.used += 1;
+        let (rest, new) = out.split_at_mut(out.len().min(self.word.len() - self.used));
+        rest.copy_from_slice(&self.word[self.used..][..rest.len()]);
+        self.used += rest.len();
+        for piece in new.chunks_mut(self.word.len()) {
+            // Marsaglia's xorshift, scrambled by a multiplication.
+            self.state ^= self.state >> 12;
+            self.state ^= self.state << 25;
+            self.state ^= self.state >> 27;
+            self.word = self.state.wrapping_mul(0x2545_f491_4f6c_dd1d).to_be_bytes();
+            piece.copy_from_slice(&self.word[..piece.len()]);
+            self.used = piece.len();
         }
     }
 }
@@ -448,7 +448,9 @@ mod tests {
     fn members_and_one_stream_hold_the_same_tar() {
         let entries = [Entry::directory("d"), Entry::file("d/f", vec![7; 5000]).mtime(1, 5).xattr("user.a", "b")];
         let mut blobs = Vec::new();
-        for packing in [Packing::Plain, Packing::Gzip, Packing::GzipMembers(1000), Packing::Zstd] {
+        for packing in
+            [Packing::Plain, Packing::Gzip, Packing::GzipMembers(1000), Packing::Zstd, Packing::ZstdFrames(1000)]
+        {
             let mut blob = Vec::new();
             let info = write_layer(&entries, packing, &mut blob).unwrap();
             assert_eq!(info.size, blob.len() as u64);
