@@ -3,7 +3,7 @@
 # The oldest toolchain that can build it; Cargo.toml says the same to cargo.
 RUST := 1.90
 
-.PHONY: help build check fmt lint test unit e2e clients big demo bench fuzz docs deny tools toolchain
+.PHONY: help build install check fmt lint test unit e2e clients big demo bench fuzz docs deny tools toolchain
 
 help: ## list the doors
 	@awk -F':.*## ' '/^[a-z0-9-]+:.*## / { printf "  make %-10s %s\n", $$1, $$2 }' Makefile
@@ -17,6 +17,21 @@ toolchain:
 
 build: toolchain ## build the release binaries: millstreamd, millstream-server, millstream
 	cargo build --release --locked -p millstream-node -p millstream-server -p millstream-cli
+
+PREFIX ?= /usr/local
+SHARE := $(DESTDIR)$(PREFIX)/share
+
+install: build ## install programs, manual and completions below PREFIX (/usr/local)
+	install -D -m 0755 -t $(DESTDIR)$(PREFIX)/bin target/release/millstreamd target/release/millstream-server target/release/millstream
+	rm -rf target/man && mkdir -p target/man && target/release/millstream man target/man >/dev/null
+	install -D -m 0644 -t $(SHARE)/man/man1 target/man/*.1
+	install -D -m 0644 -t $(SHARE)/man/man8 target/man/*.8
+	install -d $(SHARE)/bash-completion/completions $(SHARE)/zsh/site-functions $(SHARE)/fish/vendor_completions.d
+	for program in millstream millstreamd millstream-server; do \
+		target/release/millstream completions bash $$program > $(SHARE)/bash-completion/completions/$$program; \
+		target/release/millstream completions zsh $$program > $(SHARE)/zsh/site-functions/_$$program; \
+		target/release/millstream completions fish $$program > $(SHARE)/fish/vendor_completions.d/$$program.fish; \
+	done
 
 check: fmt lint ## what continuous integration asks of the sources
 

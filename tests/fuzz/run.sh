@@ -19,5 +19,5 @@ for target in ${FUZZ_TARGETS:-$(cargo fuzz list --fuzz-dir .)}; do
     # Each target plants its own seeds. Leaks are looked for by the memory limit: what lives as long as the process is none.
     MILLSTREAM_FUZZ_SEEDS=$work/corpus/$target cargo +nightly fuzz run --fuzz-dir . --target-dir "$work" "$target" \
         "$work/corpus/$target" -- -artifact_prefix="$work/artifacts/$target/" -max_total_time="$seconds" \
-        -rss_limit_mb="$memory" -timeout=30 -detect_leaks=0 -print_final_stats=1
+        -rss_limit_mb="$memory" -timeout=30 -max_len=131072 -detect_leaks=0 -print_final_stats=1
 done

@@ -419,3 +419,31 @@ fn where_files_can_share_blocks_nothing_is_copied() {
     assert_eq!(new.check(&layer), 100 * 13);
     drop((layer, store, place));
 }
+
+/// `cargo test --release -p millstream-chunkstore --test share -- --ignored --nocapture` says what a comparison costs.
+#[test]
+#[ignore = "a measurement"]
+fn comparing_with_a_hundred_layers_of_ten_thousand_files() {
+    let place = Place::new();
+    let store = place.open();
+    let files = |layer: u32| {
+        let names: Vec<String> = (0..10_000).map(|n| format!("f{n}")).collect();
+        let contents = (0..10_000u32).map(|n| (layer * 10_000 + n).to_le_bytes().repeat(5));
+        let all: Vec<_> = names.iter().map(String::as_str).zip(contents).collect();
+        made(&all)
+    };
+    for layer in 1..=100 {
+        files(layer).filled(&store).set_verified().unwrap();
+    }
+    let new = made(&[&[("new", noise(1, 10))], &[("same", 500_000u32.to_le_bytes().repeat(5))][..]].concat());
+    let (small, large) = (new.admit(&store), files(200).admit(&store));
+    for what in ["making all keys", "again"] {
+        for (name, layer) in [("2", &small), ("10,000", &large)] {
+            let started = std::time::Instant::now();
+            let shares = store.shares(layer).unwrap();
+            println!("{what}: a layer of {name} files in {:.0?}, found: {}", started.elapsed(), !shares.is_empty());
+        }
+    }
+    let shares = store.shares(&small).unwrap();
+    assert_eq!(shares.copy(ALL).unwrap(), 20);
+}

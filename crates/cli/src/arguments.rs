@@ -5,6 +5,7 @@ use std::time::Duration;
 
 use clap::{Args, Parser, Subcommand, ValueEnum};
 use clap_complete::Shell;
+use millstream_oci::Platform;
 
 use crate::exit;
 
@@ -51,6 +52,8 @@ pub(crate) enum Command {
         #[arg(long, value_name = "TIME", value_parser = humantime::parse_duration)]
         timeout: Option<Duration>,
     },
+    /// Pull an image into containerd, lazily: for users of `ctr` and other clients that fetch every layer first.
+    Pull(PullArguments),
     /// Give back at once what no container and no image on this node uses.
     Gc {
         /// Only say what would be given back.
@@ -173,6 +176,51 @@ pub(crate) struct DoctorArguments {
 }
 
 #[derive(Debug, Args)]
+pub(crate) struct PullArguments {
+    /// Reference with a tag or a digest.
+    pub(crate) image: String,
+    /// Namespace of containerd.
+    #[arg(long, env = "CONTAINERD_NAMESPACE", default_value = "default", value_name = "NAME")]
+    pub(crate) namespace: String,
+    /// Snapshotter that gets the image; with any but Millstream's the pull is an ordinary one.
+    #[arg(long, env = "CONTAINERD_SNAPSHOTTER", default_value = "millstream", value_name = "NAME")]
+    pub(crate) snapshotter: String,
+    /// Socket of containerd.
+    #[arg(long, env = "CONTAINERD_ADDRESS", default_value = "/run/containerd/containerd.sock", value_name = "PATH")]
+    pub(crate) containerd: PathBuf,
+    /// Platform to take of an image for several, as `os/architecture` or `os/architecture/variant` [default: this
+    /// machine's].
+    #[arg(long, value_name = "PLATFORM", value_parser = pull_platform)]
+    pub(crate) platform: Option<Platform>,
+    /// Directory of `HOST/hosts.toml` files, as containerd's: mirrors, certificates, plain HTTP.
+    #[arg(long, default_value = "/etc/containerd/certs.d", value_name = "DIR")]
+    pub(crate) hosts_dir: PathBuf,
+    /// User name at the registry [default: what Docker's configuration says].
+    #[arg(long, requires = "password_stdin", value_name = "NAME")]
+    pub(crate) username: Option<String>,
+    /// Read the password for the registry from standard input.
+    #[arg(long, requires = "username")]
+    pub(crate) password_stdin: bool,
+    /// Docker's config.json with credentials [default: that of this user, if there is one].
+    #[arg(long, value_name = "FILE")]
+    pub(crate) docker_config: Option<PathBuf>,
+    /// Wait until every byte of the image is on this node.
+    #[arg(long)]
+    pub(crate) wait: bool,
+}
+
+/// Such as `linux/arm64`.
+fn pull_platform(text: &str) -> Result<Platform, String> {
+    let mut parts = text.split('/').map(str::to_owned);
+    match (parts.next(), parts.next(), parts.next(), parts.next()) {
+        (Some(os), Some(architecture), variant, None) if !os.is_empty() && !architecture.is_empty() => {
+            Ok(Platform { os, architecture, variant })
+        }
+        _ => Err("expected os/architecture, as linux/arm64".to_owned()),
+    }
+}
+
+#[derive(Debug, Args)]
 pub(crate) struct ServerArguments {
     /// `https://HOST:PORT` of millstream-server; `http://` only for a loopback address.
     #[arg(long, env = "MILLSTREAM_SERVER", value_name = "URL")]
@@ -192,4 +240,18 @@ pub(crate) struct ServerArguments {
     /// Read the password for the registry from standard input.
     #[arg(long, requires = "username")]
     pub(crate) password_stdin: bool,
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn platforms_are_read_as_people_write_them() {
+        assert_eq!(pull_platform("linux/arm64").unwrap().to_string(), "linux/arm64");
+        assert_eq!(pull_platform("linux/arm/v7").unwrap().to_string(), "linux/arm/v7");
+        for text in ["", "linux", "/amd64", "linux/", "a/b/c/d"] {
+            assert!(pull_platform(text).is_err(), "{text}");
+        }
+    }
 }

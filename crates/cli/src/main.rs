@@ -8,6 +8,7 @@ mod exit;
 mod generate;
 mod import;
 mod prefetch;
+mod pull;
 mod settings;
 mod show;
 
@@ -57,6 +58,7 @@ async fn run(arguments: Arguments) -> anyhow::Result<Outcome> {
         Command::Prefetch { image, wait, timeout } => {
             prefetch::run(&node, image, wait || timeout.is_some(), timeout, output).await?
         }
+        Command::Pull(wanted) => pull::run(&wanted, &node, output).await?,
         Command::Gc { dry_run } => ask::gc(&node, dry_run, output).await?,
         Command::Doctor(arguments) => return doctor::run(&arguments, socket.as_deref(), output).await,
         Command::Import { image, server } => import::run(&image, &server, output).await?,

@@ -104,6 +104,14 @@ impl Node for Control {
             && let Ok(reference) = wanted.parse::<millstream_oci::ImageRef>()
         {
             decisions = self.images.catalog.decisions(&reference.to_string()).map_err(internal)?;
+            if decisions.is_empty()
+                && let Some(lookup) = &self.images.lookup
+            {
+                // Pulled without a name; containerd knows by now what the name stands for.
+                for manifest in lookup.manifests(&reference).await {
+                    decisions.extend(self.images.catalog.decisions(&manifest.to_string()).map_err(internal)?);
+                }
+            }
         }
         if decisions.is_empty() {
             // A client that passes no labels does not say which image it pulls: perhaps it was this one.

@@ -19,6 +19,7 @@ use tracing::{error, info, warn};
 
 use crate::catalog::{Catalog, Decision, ImageRecord, LayerRecord};
 use crate::labels::{Wanted, image_name};
+use crate::lookup::Lookup;
 use crate::metrics::NodeMetrics;
 use crate::origin::{Origin, Origins};
 use crate::server_client::ServedLayer;
@@ -36,6 +37,9 @@ const PLAN_SHARED: Duration = Duration::from_secs(2);
 const MAX_PENDING: usize = 1024;
 /// Decisions that are kept; pulls of more images at once decide again.
 const MAX_PLANS: usize = 256;
+
+/// Part of a decision's time that may go into finding out which image is meant.
+const LOOKUP: f32 = 0.3;
 
 /// Code of a layer that was given back while a decision said lazy.
 const RELEASED: &str = "node.released";
@@ -62,6 +66,8 @@ pub struct NodeImages {
     pub(crate) views: Arc<Views>,
     pub(crate) catalog: Catalog,
     pub(crate) origins: Origins,
+    /// Says which image a client means that does not name it; none where containerd is not to be asked.
+    pub(crate) lookup: Option<Lookup>,
     /// Bound of one decision.
     pub(crate) deadline: Duration,
     metrics: NodeMetrics,
@@ -84,6 +90,7 @@ impl NodeImages {
         views: Arc<Views>,
         catalog: Catalog,
         origins: Origins,
+        lookup: Option<Lookup>,
         deadline: Duration,
     ) -> Self {
         Self {
@@ -94,6 +101,7 @@ impl NodeImages {
             views,
             catalog,
             origins,
+            lookup,
             deadline,
             plans: Mutex::default(),
             dying: Mutex::default(),
@@ -103,8 +111,8 @@ impl NodeImages {
     }
 
     /// The decision for the pull that `wanted` belongs to: shared by all its layers. `bottom` says that this is the first of
-    /// them.
-    async fn plan(self: &Arc<Self>, wanted: &Wanted, bottom: bool) -> Arc<Plan> {
+    /// them. `until` is when the caller stops waiting.
+    async fn plan(self: &Arc<Self>, wanted: &Wanted, bottom: bool, until: Instant) -> Arc<Plan> {
         let key = (wanted.image.name(), wanted.manifest);
         let cell = {
             let now = Instant::now();
@@ -124,7 +132,7 @@ impl NodeImages {
         };
         let this = Arc::clone(self);
         let wanted = wanted.clone();
-        Arc::clone(cell.get_or_init(|| async move { Arc::new(this.make_plan(&wanted).await) }).await)
+        Arc::clone(cell.get_or_init(|| async move { Arc::new(this.make_plan(&wanted, until).await) }).await)
     }
 
     fn forget_plan(&self, wanted: &Wanted) {
@@ -132,10 +140,10 @@ impl NodeImages {
         self.plans.lock().unwrap_or_else(PoisonError::into_inner).remove(&key);
     }
 
-    async fn make_plan(self: &Arc<Self>, wanted: &Wanted) -> Plan {
+    async fn make_plan(self: &Arc<Self>, wanted: &Wanted, until: Instant) -> Plan {
         let empty = ImageRecord { image: wanted.image.to_string(), manifest: wanted.manifest, layers: Vec::new() };
         let begun = Instant::now();
-        let made = self.try_plan(wanted).await;
+        let made = self.try_plan(wanted, until).await;
         self.metrics.decided(begun.elapsed());
         match made {
             Ok(plan) => plan,
@@ -146,7 +154,7 @@ impl NodeImages {
         }
     }
 
-    async fn try_plan(self: &Arc<Self>, wanted: &Wanted) -> anyhow::Result<Plan> {
+    async fn try_plan(self: &Arc<Self>, wanted: &Wanted, until: Instant) -> anyhow::Result<Plan> {
         let (origins, image, manifest) = (self.origins.clone(), wanted.image.clone(), wanted.manifest);
         // A credential helper may take seconds.
         let origin = match tokio::task::spawn_blocking(move || origins.of(&image, manifest)).await? {
@@ -155,7 +163,7 @@ impl NodeImages {
         };
         let known = self.catalog.image(&wanted.image.name(), &wanted.manifest)?;
         // A margin, so that the reason is known before the caller gives up waiting.
-        let patience = self.deadline.mul_f32(0.9);
+        let patience = until.saturating_duration_since(Instant::now()).mul_f32(0.9);
         let (probe, served) = tokio::join!(
             bounded(patience, origin.repository.probe(&wanted.layer)),
             bounded(patience, self.served(&origin, known)),
@@ -389,24 +397,72 @@ impl NodeImages {
     }
 
     async fn decide_wanted(self: Arc<Self>, request: PrepareRequest) -> PrepareOutcome {
+        let until = Instant::now() + self.deadline;
         let streaming = match self.catalog.streaming() {
             Ok(streaming) => streaming,
             Err(error) => return failed(&error),
         };
-        let wanted = Wanted::from_labels(&request.labels);
-        let refused = outcome::precondition(streaming, wanted.as_ref().err().map(String::as_str));
-        let wanted = match (refused, wanted) {
-            (None, Ok(wanted)) => wanted,
-            (Some(reason), _) => return PrepareOutcome::Deferred { reason },
-            (None, Err(missing)) => return PrepareOutcome::deferred("labels.missing", missing),
+        if let Some(reason) = outcome::precondition(streaming, None) {
+            return PrepareOutcome::Deferred { reason };
+        }
+        let candidates = match self.candidates(&request).await {
+            Ok(candidates) => candidates,
+            Err(missing) => {
+                let reason = outcome::precondition(streaming, Some(&missing));
+                return reason.map_or_else(
+                    || PrepareOutcome::deferred("labels.missing", missing),
+                    |reason| PrepareOutcome::Deferred { reason },
+                );
+            }
         };
-        let plan = self.plan(&wanted, request.parent.is_none()).await;
-        match self.of_layer(&plan, &wanted, &request) {
+        let mut first = None;
+        let count = candidates.len();
+        for (number, wanted) in candidates.into_iter().enumerate() {
+            // One that does not answer leaves time for the others.
+            let left = until.saturating_duration_since(Instant::now());
+            let until = Instant::now() + left / u32::try_from(count - number).unwrap_or(u32::MAX);
+            if first.is_none() {
+                self.choose(&request, &wanted);
+            }
+            let outcome = self.decide_as(&wanted, &request, until).await;
+            if matches!(outcome, PrepareOutcome::Lazy { .. } | PrepareOutcome::Local { .. }) {
+                self.choose(&request, &wanted);
+                return outcome;
+            }
+            // What is wrong with the image that was touched last is the reason to show.
+            first.get_or_insert(outcome);
+        }
+        first.unwrap_or_else(|| PrepareOutcome::deferred("labels.missing", "no image has this layer"))
+    }
+
+    /// Remembers what a request is taken for, for the name of its decision.
+    fn choose(&self, request: &PrepareRequest, wanted: &Wanted) {
+        if let Some(lookup) = &self.lookup {
+            lookup.choose(request, wanted);
+        }
+    }
+
+    /// What the request may be about: one image if its labels say, else those that containerd has with this layer.
+    async fn candidates(&self, request: &PrepareRequest) -> Result<Vec<Wanted>, String> {
+        match (Wanted::from_labels(&request.labels), &self.lookup) {
+            (Ok(wanted), _) => Ok(vec![wanted]),
+            (Err(missing), None) => Err(missing),
+            (Err(missing), Some(lookup)) => {
+                let found = lookup.candidates(request, self.deadline.mul_f32(LOOKUP)).await;
+                found.map_err(|why| format!("{missing}, and {why}"))
+            }
+        }
+    }
+
+    /// The decision about a request that is taken for a layer of this image.
+    async fn decide_as(self: &Arc<Self>, wanted: &Wanted, request: &PrepareRequest, until: Instant) -> PrepareOutcome {
+        let plan = self.plan(wanted, request.parent.is_none(), until).await;
+        match self.of_layer(&plan, wanted, request) {
             PrepareOutcome::Deferred { reason } if reason.code == RELEASED => {
                 // Given back since the plan was made: decide afresh, which waits for the removal.
-                self.forget_plan(&wanted);
-                let plan = self.plan(&wanted, false).await;
-                self.of_layer(&plan, &wanted, &request)
+                self.forget_plan(wanted);
+                let plan = self.plan(wanted, false, until).await;
+                self.of_layer(&plan, wanted, request)
             }
             outcome => outcome,
         }
@@ -445,8 +501,12 @@ impl NodeImages {
     }
 
     fn record_decision(&self, request: &PrepareRequest, outcome: &PrepareOutcome) {
-        let wanted = Wanted::from_labels(&request.labels).ok();
-        let image = image_name(&request.labels);
+        let labelled = Wanted::from_labels(&request.labels).ok();
+        let wanted = labelled.or_else(|| self.lookup.as_ref()?.chosen(request));
+        let image = match (image_name(&request.labels), &wanted) {
+            (name, Some(wanted)) if name.is_empty() => wanted.image.to_string(),
+            (name, _) => name,
+        };
         let (code, reason) = match outcome {
             PrepareOutcome::Lazy { .. } | PrepareOutcome::Local { .. } => (String::new(), String::new()),
             PrepareOutcome::Deferred { reason } | PrepareOutcome::Failed { reason } => {

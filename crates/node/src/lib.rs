@@ -8,6 +8,7 @@ pub mod counted;
 pub mod garbage;
 pub mod images;
 pub mod labels;
+pub mod lookup;
 pub mod make_local;
 pub mod metrics;
 pub mod origin;

@@ -9,6 +9,7 @@ use std::time::Duration;
 
 use anyhow::Context;
 use millstream_chunkstore::{Store, StoreOptions};
+use millstream_containerd::{Containerd, ContainerdOptions};
 use millstream_fuse::{Adapter, Connection, Session};
 use millstream_layerfs::LayerFs;
 use millstream_prefetch::{FetchOptions, Fetcher};
@@ -33,6 +34,7 @@ use crate::content::NodeContent;
 use crate::control::Control;
 use crate::garbage::Garbage;
 use crate::images::{NodeImages, Reporter, SharedImages};
+use crate::lookup::Lookup;
 use crate::metrics::NodeMetrics;
 use crate::origin::Origins;
 use crate::page;
@@ -102,6 +104,10 @@ pub async fn run(settings: &Settings, inherited: Inheritance, restarts: u64) -> 
     let docker_config = settings.registry.docker_config.clone();
     let origins = Origins { registry, server: server.clone(), docker_config, metrics: metrics.clone() };
 
+    let containerd = &settings.containerd.address;
+    let lookup = (!containerd.as_os_str().is_empty())
+        .then(|| Lookup::new(Containerd::new(ContainerdOptions::new(containerd)), settings.registry.hosts_dir.clone()));
+
     // mechanism
     let fetch = FetchOptions {
         slots: settings.fetch.connections,
@@ -123,6 +129,7 @@ pub async fn run(settings: &Settings, inherited: Inheritance, restarts: u64) -> 
         views,
         catalog,
         origins,
+        lookup,
         settings.decision_deadline,
     ));
     let options = Options { decide_deadline: settings.decision_deadline, ..Options::default() };

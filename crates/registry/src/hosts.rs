@@ -107,6 +107,32 @@ fn directories(root: &Path, registry: &str) -> Vec<PathBuf> {
     escaped.iter().map(String::as_str).chain([registry, "_default"]).map(|name| root.join(name)).collect()
 }
 
+/// Directory entries that are looked at, at most.
+const MAX_ENTRIES: usize = 4096;
+
+/// The registries of this host, at whatever port, that have a directory of their own in `dir`; sorted. For who knows no more
+/// of a registry than its host. Does blocking I/O; a directory that cannot be read has none.
+#[must_use]
+pub fn registries_at(dir: &Path, host: &str) -> Vec<String> {
+    let Ok(entries) = std::fs::read_dir(dir) else { return Vec::new() };
+    let names = entries.take(MAX_ENTRIES).filter_map(|entry| entry.ok()?.file_name().into_string().ok());
+    let mut found: Vec<String> = names.filter_map(|name| registry_of(&name, host)).collect();
+    found.sort();
+    found.dedup();
+    found
+}
+
+/// What [`directories`] made a name of, if that is of this host.
+fn registry_of(name: &str, host: &str) -> Option<String> {
+    let rest = name.strip_prefix(host)?;
+    let escaped = rest.strip_prefix('_').and_then(|rest| rest.strip_suffix('_'));
+    match (rest, escaped.or_else(|| rest.strip_prefix(':'))) {
+        ("", _) => Some(host.to_owned()),
+        (_, Some(port)) => port.parse::<u16>().ok().map(|port| format!("{host}:{port}")),
+        _ => None,
+    }
+}
+
 fn read_directory(dir: &Path) -> Result<Vec<PartialHost>, String> {
     let path = dir.join(FILE);
     let text = match std::fs::metadata(&path) {

@@ -163,3 +163,14 @@ fn the_stamp_changes_with_any_file_that_decides() {
     std::fs::write(dir.join("ca.pem"), "new").unwrap();
     assert_ne!(file, stamp(file.iter().map(|(path, _)| path.clone())));
 }
+
+#[test]
+fn registries_of_a_host_are_found_by_their_directories() {
+    let dir = tempfile::tempdir().unwrap();
+    for name in ["a.example", "a.example:5000", "a.example_5001_", "a.example_x_", "a.example.com", "_default", "b:1"] {
+        std::fs::create_dir(dir.path().join(name)).unwrap();
+    }
+    assert_eq!(registries_at(dir.path(), "a.example"), ["a.example", "a.example:5000", "a.example:5001"]);
+    assert!(registries_at(dir.path(), "c").is_empty());
+    assert!(registries_at(&dir.path().join("nonexistent"), "b").is_empty());
+}

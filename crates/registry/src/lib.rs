@@ -15,6 +15,7 @@ mod transport;
 
 pub use credential::{Credential, Secret};
 pub use docker_config::docker_config_credential;
+pub use hosts::registries_at;
 pub use millstream_oci::TagOrDigest;
 pub use options::RegistryOptions;
 pub use repository::{Fetched, Registry, Repository};

@@ -187,6 +187,16 @@ impl Repository {
         if found == *digest { Ok(bytes) } else { Err(mismatch(&url, found, *digest)) }
     }
 
+    /// Bytes of a whole blob of exactly `size` bytes, for registries that serve no ranges. Not verified; not resumed.
+    ///
+    /// # Errors
+    ///
+    /// [`ErrorKind::Malformed`] when it has another size.
+    pub async fn read_whole(&self, digest: &Digest, size: u64) -> Result<ByteStream, SourceError> {
+        let (answer, _) = self.ask(&Ask::Blob(digest)).await?;
+        answer.exactly(size)
+    }
+
     /// Asks whether this caller may read `manifest`, without reading it: one request (`HEAD`), more only where a
     /// challenge has to be met.
     ///

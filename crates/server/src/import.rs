@@ -18,7 +18,7 @@ use tokio::task::JoinSet;
 
 use crate::ServeError;
 use crate::content::Content;
-use crate::layer::{Outcome, WantedLayer, import_layer};
+use crate::layer::{Means, Outcome, WantedLayer, import_layer};
 use crate::metrics::{LayerResult, ServerMetrics};
 use crate::store::{ImageLayer, ImageRecord, Store};
 
@@ -40,6 +40,9 @@ pub struct ImportOptions {
     pub deadline: Duration,
     /// Directory for files that live as long as one layer's import.
     pub scratch: PathBuf,
+    /// Layers that cannot be entered every 16 MiB of output are kept as packed content, if they have at most this many bytes
+    /// of it; zero: none are, and such layers cannot be streamed.
+    pub packed_max: u64,
     /// What one layer may cost; one that costs more is not streamed.
     pub budget: Budget,
 }
@@ -51,6 +54,7 @@ impl Default for ImportOptions {
             builders: std::thread::available_parallelism().map_or(1, usize::from),
             deadline: Duration::from_secs(3600),
             scratch: std::env::temp_dir(),
+            packed_max: 16 << 30,
             budget: Budget::default(),
         }
     }
@@ -206,8 +210,9 @@ impl Importer {
                     Outcome::Ready
                 } else {
                     let _builder = self.builders.acquire().await;
-                    let ImportOptions { scratch, budget, .. } = &self.options;
-                    import_layer(&self.store, scratch, repository, layer, compression, *budget, &count).await?
+                    let ImportOptions { scratch, budget, packed_max, .. } = &self.options;
+                    let means = Means { scratch: scratch.clone(), budget: *budget, packed_max: *packed_max };
+                    import_layer(&self.store, &means, repository, layer, compression, &count).await?
                 }
             }
         };

@@ -8,15 +8,16 @@ mod content;
 mod convert;
 mod error;
 mod import;
+mod items;
 mod layer;
 mod limits;
 pub mod listen;
 mod metrics;
+mod packed;
+mod pieces;
 mod service;
 mod skeleton;
 pub mod store;
-pub mod windows;
-
 pub use access::AccessOptions;
 pub use content::ContentOptions;
 pub use error::ServeError;

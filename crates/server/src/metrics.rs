@@ -23,18 +23,21 @@ pub(crate) enum Method {
     Import,
     GetImage,
     GetWindows,
+    GetSkeleton,
     ReadFile,
     ReadData,
 }
 
 impl Method {
-    pub(crate) const ALL: [Self; 5] = [Self::Import, Self::GetImage, Self::GetWindows, Self::ReadFile, Self::ReadData];
+    pub(crate) const ALL: [Self; 6] =
+        [Self::Import, Self::GetImage, Self::GetWindows, Self::GetSkeleton, Self::ReadFile, Self::ReadData];
 
     const fn as_str(self) -> &'static str {
         match self {
             Self::Import => "Import",
             Self::GetImage => "GetImage",
             Self::GetWindows => "GetWindows",
+            Self::GetSkeleton => "GetSkeleton",
             Self::ReadFile => "ReadFile",
             Self::ReadData => "ReadData",
         }

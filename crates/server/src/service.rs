@@ -194,10 +194,7 @@ impl Images for ImagesService {
             { names::IMAGE } = image_field(request.scope.as_ref()),
             { names::LAYER } = %shown(&request.layer),
         );
-        Inner::get_skeleton(Arc::clone(&self.inner), peer, request)
-            .instrument(span.clone())
-            .await
-            .map_err(|error| refused(&span, error))
+        self.answer(Method::GetSkeleton, span, Inner::get_skeleton(Arc::clone(&self.inner), peer, request)).await
     }
 
     async fn read_file(&self, request: Request<v1::ReadFileRequest>) -> Result<Response<Self::ReadFileStream>, Status> {

@@ -25,6 +25,8 @@ pub struct Settings {
     pub registry: RegistrySettings,
     /// How content is fetched.
     pub fetch: FetchSettings,
+    /// The containerd that this node serves.
+    pub containerd: ContainerdSettings,
     /// What is logged.
     pub log: LogSettings,
     /// Where metrics and probes are shown.
@@ -70,6 +72,14 @@ pub struct FetchSettings {
     pub read_deadline: Duration,
 }
 
+/// `[containerd]`.
+#[derive(Debug, Clone, PartialEq, Eq, Deserialize, Serialize)]
+#[serde(default, deny_unknown_fields)]
+pub struct ContainerdSettings {
+    /// Its unix socket: asked which image a client means that does not name it. Empty: not asked.
+    pub address: PathBuf,
+}
+
 impl Default for Settings {
     fn default() -> Self {
         Self {
@@ -79,6 +89,7 @@ impl Default for Settings {
             server: ServerSettings::default(),
             registry: RegistrySettings::default(),
             fetch: FetchSettings::default(),
+            containerd: ContainerdSettings::default(),
             log: LogSettings::default(),
             metrics: MetricsSettings::default(),
         }
@@ -94,6 +105,12 @@ impl Default for RegistrySettings {
 impl Default for FetchSettings {
     fn default() -> Self {
         Self { hydration: true, sharing: true, connections: 8, read_deadline: Duration::from_secs(60) }
+    }
+}
+
+impl Default for ContainerdSettings {
+    fn default() -> Self {
+        Self { address: "/run/containerd/containerd.sock".into() }
     }
 }
 

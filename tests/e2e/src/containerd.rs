@@ -92,6 +92,16 @@ pub struct ContainerdOptions {
     pub certs_d: PathBuf,
     /// For 2.x: whether CRI pulls through the transfer service rather than by itself. 1.6 has no such service.
     pub transfer: bool,
+    /// Whether clients tell the snapshotter which image they pull. Many configurations in the field do not.
+    pub labels: bool,
+}
+
+impl ContainerdOptions {
+    /// Name of the directory in the workdir, and so place of the socket, of a containerd that is started with
+    /// [`Containerd::start`].
+    pub fn dir_name(version: Version) -> String {
+        format!("containerd{}", version.major())
+    }
 }
 
 /// A running containerd.
@@ -111,8 +121,7 @@ impl Containerd {
     ///
     /// If it does not start.
     pub fn start(work: &Workdir, options: ContainerdOptions) -> Result<Self> {
-        let name = format!("containerd{}", options.version.major());
-        Self::start_as(work, &name, options)
+        Self::start_as(work, &ContainerdOptions::dir_name(options.version), options)
     }
 
     /// The same under a name of its own: a second one in the same workdir.
@@ -353,8 +362,9 @@ fn proxy_plugin(options: &ContainerdOptions) -> String {
   address = "{socket}"
   [proxy_plugins.{MILLSTREAM}.exports]
     root = "{root}"
-    enable_remote_snapshot_annotations = "true"
+    enable_remote_snapshot_annotations = "{labels}"
 "#,
+        labels = options.labels,
         socket = socket.display(),
         root = root.display()
     )
@@ -363,6 +373,7 @@ fn proxy_plugin(options: &ContainerdOptions) -> String {
 fn config_v2(dir: &Path, options: &ContainerdOptions) -> String {
     let (dir, certs_d) = (dir.display(), options.certs_d.display());
     let (pause, snapshotter) = (&options.pause_image, options.snapshotter.name());
+    let unlabelled = !options.labels;
     // Snapshotters that this machine may lack the means for are left out: they only fill the log.
     let mut text = format!(
         r#"version = 2
@@ -379,7 +390,7 @@ disabled_plugins = ["io.containerd.snapshotter.v1.aufs", "io.containerd.snapshot
   restrict_oom_score_adj = true
   [plugins."io.containerd.grpc.v1.cri".containerd]
     snapshotter = "{snapshotter}"
-    disable_snapshot_annotations = false
+    disable_snapshot_annotations = {unlabelled}
     discard_unpacked_layers = false
   [plugins."io.containerd.grpc.v1.cri".cni]
     bin_dir = "{dir}/cni/bin"
@@ -396,7 +407,7 @@ fn config_v3(dir: &Path, options: &ContainerdOptions) -> String {
     let (dir, certs_d) = (dir.display(), options.certs_d.display());
     let (pause, snapshotter) = (&options.pause_image, options.snapshotter.name());
     // This one line makes CRI pull by itself; without it the transfer service pulls.
-    let pull = if options.transfer { "" } else { "  disable_snapshot_annotations = false\n" };
+    let pull = if options.transfer || !options.labels { "" } else { "  disable_snapshot_annotations = false\n" };
     let mut text = format!(
         r#"version = 3
 root = "{dir}/root"

@@ -41,6 +41,8 @@ pub struct NodeOptions {
     pub certs_d: PathBuf,
     /// A docker `config.json` with credentials.
     pub docker_config: Option<PathBuf>,
+    /// Socket of the containerd that it may ask; none: it asks none.
+    pub containerd: Option<PathBuf>,
     /// Whether images are made local in the background.
     pub hydration: bool,
     /// How long a read may wait for its bytes.
@@ -55,6 +57,7 @@ impl NodeOptions {
             ca: None,
             certs_d: certs_d.to_owned(),
             docker_config: None,
+            containerd: None,
             hydration: true,
             read_deadline: Duration::from_secs(60),
         }
@@ -267,6 +270,10 @@ pub struct ServerOptions {
     pub certs_d: PathBuf,
     /// Whether an image that a node asks for is imported without being told to.
     pub import_on_demand: bool,
+    /// Most files of a layer, where the default would take a test too long to exceed.
+    pub max_entries: Option<u64>,
+    /// Whether the content of layers that cannot be entered is kept.
+    pub packed_content: bool,
 }
 
 /// A running `millstream-server`.
@@ -367,6 +374,7 @@ fn node_settings(dir: &Path, options: &NodeOptions) -> Result<String> {
     if let Some(file) = &options.docker_config {
         writeln!(text, "docker_config = {file:?}")?;
     }
+    writeln!(text, "\n[containerd]\naddress = {:?}", options.containerd.as_deref().unwrap_or(Path::new("")))?;
     let deadline = options.read_deadline.as_millis();
     writeln!(text, "\n[fetch]\nhydration = {}\nread_deadline = \"{deadline}ms\"", options.hydration)?;
     text.push_str("\n[log]\nlevel = \"debug,h2=info,hyper=info,tonic=info,tower=info\"\n");
@@ -383,6 +391,12 @@ fn server_settings(dir: &Path, options: &ServerOptions) -> Result<String> {
     }
     writeln!(text, "\n[registry]\nhosts_dir = {:?}", options.certs_d)?;
     writeln!(text, "\n[import]\non_demand = {}\nscratch = {scratch:?}", options.import_on_demand)?;
+    if !options.packed_content {
+        text.push_str("packed_max = \"0B\"\n");
+    }
+    if let Some(entries) = options.max_entries {
+        writeln!(text, "\n[import.budget]\nentries = {entries}")?;
+    }
     text.push_str("\n[log]\nlevel = \"debug,h2=info,hyper=info,tonic=info,tower=info\"\n");
     Ok(text)
 }

@@ -48,6 +48,7 @@ impl Stage {
             pause_image: self.registry.reference("pause:1"),
             certs_d: self.certs_d.clone(),
             transfer: false,
+            labels: true,
         };
         Containerd::start(&self.work, options).unwrap()
     }

@@ -133,7 +133,7 @@ pub fn samples() -> Vec<Vec<u8>> {
         .file("GNUSparseFile.0/sparse", &stored)
         .pax(&[("GNU.sparse.map", "0,3,100,2"), ("GNU.sparse.size", "200"), ("GNU.sparse.name", "old")])
         .file("old", b"abcde");
-    let content: Vec<u8> = (0..70_000_u32).map(|at| (at.wrapping_mul(2_654_435_761) >> 24) as u8).collect();
-    let large = Archive::default().file("a", &content).file("b", &content[..40_000]).file("zeros", &[0; 40_000]);
+    let content: Vec<u8> = (0..40_000_u32).map(|at| (at.wrapping_mul(2_654_435_761) >> 24) as u8).collect();
+    let large = Archive::default().file("a", &content).file("b", &content[..100]).file("zeros", &[0; 33_000]);
     [tree, attributes, sparse, large].map(Archive::finish).into()
 }

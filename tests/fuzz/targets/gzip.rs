@@ -3,7 +3,7 @@
 #![no_main]
 
 use libfuzzer_sys::fuzz_target;
-use millstream_fuzz::layer::{MOST, build_and_read_back};
+use millstream_fuzz::layer::{MOST, build_and_read_back, same_in_pieces};
 use millstream_fuzz::{archive, choice, plant};
 use millstream_inflate::{Inflater, Stop, WINDOW_SIZE};
 use millstream_toc::Compression;
@@ -67,5 +67,6 @@ fuzz_target!(init: plant(seeds()), |data: &[u8]| {
         let (rest, ended, _) = inflate(resumed, &blob[start..], usize::MAX >> 1, Stop::Never);
         assert!(ended && rest == whole[boundary.output..]);
     }
+    same_in_pieces(blob, Compression::Gzip);
     let _ = build_and_read_back(blob, Compression::Gzip);
 });

@@ -10,6 +10,7 @@ use tonic::transport::Channel;
 
 use super::check::{Check, Verdict};
 use super::containerd_config::{self, Version};
+use super::containerd_file::Loaded;
 use crate::arguments::DoctorArguments;
 use crate::connect::{self, PATIENCE, within};
 
@@ -49,33 +50,22 @@ async fn ask_version(mut client: VersionClient<Channel>) -> Result<String, Strin
     answer.map(|answer| answer.version).map_err(|error| error.to_string())
 }
 
-/// Checks of the configuration file, with the name that millstreamd has in it.
+/// Checks of the configuration, with the name that millstreamd has in it.
 fn examine(path: &Path, version: Option<Version>, settings: &Settings) -> (Option<String>, Vec<Check>) {
-    let check = |verdict, found: String| Check::new("containerd's configuration", path.display(), verdict, found);
-    let text = match std::fs::read_to_string(path) {
-        Ok(text) => text,
+    let loaded = match Loaded::read(path) {
+        Ok(loaded) => loaded,
         Err(error) => {
-            let check = check(Verdict::Failed, error.to_string());
-            return (
-                None,
-                vec![check.hint(
-                    "name it with --containerd-config; what to put there: `millstream config default containerd-v3`",
-                )],
-            );
+            let check = Check::new("containerd's configuration", path.display(), Verdict::Failed, error);
+            let hint = "name it with --containerd-config; what to put there: `millstream config default containerd-v3`";
+            return (None, vec![check.hint(hint)]);
         }
     };
-    match text.parse::<toml::Table>() {
-        Ok(config) => {
-            let examined = containerd_config::examine(&config, version, settings);
-            let checks = examined.findings.into_iter().map(|finding| {
-                let verdict = finding.verdict;
-                let check = Check::new("containerd's configuration", path.display(), verdict, finding.text);
-                if finding.hint.is_empty() { check } else { check.hint(finding.hint) }
-            });
-            (examined.name, checks.collect())
-        }
-        Err(error) => (None, vec![check(Verdict::Failed, format!("not TOML: {error}"))]),
-    }
+    let examined = containerd_config::examine(&loaded.config, version, settings);
+    let checks = examined.findings.into_iter().map(|finding| {
+        let check = Check::new("containerd's configuration", loaded.names(), finding.verdict, finding.text);
+        if finding.hint.is_empty() { check } else { check.hint(finding.hint) }
+    });
+    (examined.name, checks.collect())
 }
 
 /// What containerd made of its entry for us.

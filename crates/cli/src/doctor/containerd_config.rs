@@ -70,13 +70,6 @@ pub(super) fn examine(config: &Table, version: Option<Version>, settings: &Setti
         let text = "it is of version 1, which names plug-ins otherwise";
         findings.push(warning(text.to_owned(), "begin it with `version = 2`".to_owned()));
     }
-    if config.get("imports").and_then(Value::as_array).is_some_and(|imports| !imports.is_empty()) {
-        let text = "it imports other files, which are not looked at here";
-        findings.push(warning(
-            text.to_owned(),
-            "`containerd config dump` shows the whole; check it with --containerd-config".to_owned(),
-        ));
-    }
     let Some((name, entry)) = proxy(config, &settings.socket) else {
         let text = format!("no snapshotter of [proxy_plugins] has the address {}", settings.socket.display());
         findings.push(failed(text, format!("merge what {} prints, and restart containerd", places.sample)));

@@ -3,6 +3,7 @@
 mod check;
 mod containerd;
 mod containerd_config;
+mod containerd_file;
 mod daemons;
 mod disk;
 mod kernel;

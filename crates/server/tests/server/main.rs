@@ -3,6 +3,7 @@
 #![allow(clippy::unwrap_used, clippy::expect_used, unreachable_pub)]
 
 mod image;
+mod packed;
 mod registry;
 
 use std::collections::HashMap;
@@ -14,11 +15,11 @@ use image::{Layer, Tar, noise, push, push_index};
 use millstream_oci::Digest;
 use millstream_registry::RegistryOptions;
 use millstream_server::{ImagesService, LimitOptions, ListenOptions, Listener, ServiceOptions, Store, TlsFiles};
-use millstream_toc::build::{BuildOptions, Compression, build};
+use millstream_toc::build::{BuildOptions, BuildSink, Compression, build};
 use millstream_toc::{Toc, pack};
 use millstream_wire::millstream::v1::{
-    self, Basic, Credential, GetImageRequest, GetWindowsRequest, ImportRequest, ReadDataRequest, ReadFileRequest,
-    Scope, credential::Kind, get_image_response::Part, images_client::ImagesClient,
+    self, Basic, Credential, GetImageRequest, GetSkeletonRequest, GetWindowsRequest, ImportRequest, ReadDataRequest,
+    ReadFileRequest, Scope, credential::Kind, get_image_response::Part, images_client::ImagesClient,
 };
 use registry::{Gate, Registry};
 use tokio::sync::oneshot;
@@ -127,7 +128,11 @@ fn sample_layers() -> Vec<Layer> {
 }
 
 fn rebuilt(layer: &Layer) -> Vec<u8> {
-    build(&layer.blob[..], &BuildOptions::new(Compression::Gzip), &mut ()).unwrap().toc
+    rebuilt_as(layer, Compression::Gzip)
+}
+
+fn rebuilt_as(layer: &Layer, compression: Compression) -> Vec<u8> {
+    build(&layer.blob[..], &BuildOptions::new(compression), &mut ()).unwrap().toc
 }
 
 #[tokio::test(flavor = "multi_thread")]
@@ -160,6 +165,7 @@ async fn imported_images_read_back() {
     assert!(tocs.keys().eq([&layers[1].digest().to_string()]), "known layers are not sent");
 
     windows_verify(&server, &scope, &layers[0]).await;
+    skeletons_are_whole(&server, &scope, &layers).await;
     files_read_back(&server, &scope, &layers).await;
 
     drop(server);
@@ -189,6 +195,32 @@ async fn windows_verify(server: &Server, scope: &Scope, layer: &Layer) {
     for (first, end) in [(0, 0), (1, 0), (0, toc.span_count() + 1), (0, u32::MAX)] {
         assert_eq!(code(server.client.clone().get_windows(request(first, end)).await), Code::InvalidArgument);
     }
+}
+
+/// The bytes of a tar that are no content, as a build of one's own sees them.
+#[derive(Default)]
+struct Skeleton(Vec<u8>);
+
+impl BuildSink for Skeleton {
+    fn skeleton(&mut self, bytes: &[u8]) -> std::io::Result<()> {
+        self.0.extend_from_slice(bytes);
+        Ok(())
+    }
+}
+
+async fn skeletons_are_whole(server: &Server, scope: &Scope, layers: &[Layer]) {
+    let request = |layer: Digest| GetSkeletonRequest { scope: Some(scope.clone()), layer: layer.to_string() };
+    for layer in layers {
+        let parts = server.client.clone().get_skeleton(request(layer.digest())).await.unwrap().into_inner();
+        let parts = collect(parts).await.unwrap();
+        let packed: Vec<u8> = parts.iter().flat_map(|part| part.packed.clone()).collect();
+        assert!(parts[0].packed.is_empty() && parts[0].size == packed.len() as u64);
+        let mut expected = Skeleton::default();
+        build(&layer.blob[..], &BuildOptions::new(Compression::Gzip), &mut expected).unwrap();
+        assert!(zstd::stream::decode_all(&packed[..]).unwrap() == expected.0);
+        assert!(packed.len() < layer.blob.len() / 20);
+    }
+    assert_eq!(code(server.client.clone().get_skeleton(request(Digest::of(b"x"))).await), Code::NotFound);
 }
 
 async fn files_read_back(server: &Server, scope: &Scope, layers: &[Layer]) {
@@ -300,9 +332,10 @@ async fn layers_that_cannot_stream_say_why() {
     let state = tempfile::tempdir().unwrap();
     let server = Server::start(state.path(), ServiceOptions::default()).await;
     let name = format!("{}/team/mixed", registry.host());
-    let tar = Tar::default().file("z", b"zstd").finish();
+    // containerd would look for the compression in the bytes; here its media type is wrong.
+    let mistaken = || Layer { media_type: image::ZSTD, ..Layer::gzip(&Tar::default().file("z", b"gzip").finish()) };
     let mut layers = sample_layers();
-    layers.push(Layer::zstd(&tar));
+    layers.push(mistaken());
     let zstd = layers[2].digest();
     let mixed = push(&registry, "team/mixed", "mixed", &layers);
     let done = server.import(&format!("{name}:mixed"), None).await.unwrap().done.unwrap();
@@ -315,7 +348,7 @@ async fn layers_that_cannot_stream_say_why() {
     assert_eq!(error.code(), Code::InvalidArgument);
     assert!(error.message().contains("zstd"), "{error}");
 
-    let only = push(&registry, "team/mixed", "only", &[Layer::zstd(&tar)]);
+    let only = push(&registry, "team/mixed", "only", &[mistaken()]);
     server.import(&format!("{name}:only"), None).await.unwrap();
     let error = server.image(&scope(&name, only), &[]).await.unwrap_err();
     assert_eq!(error.code(), Code::InvalidArgument);

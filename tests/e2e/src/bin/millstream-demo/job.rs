@@ -98,6 +98,7 @@ pub(crate) fn run(stage: &mut Stage, kind: Kind) -> Result<Measured> {
         certs_d: stage.certs_d.clone(),
         // As containerd 2.x does it by itself.
         transfer: true,
+        labels: true,
     };
     let containerd = Containerd::start(&stage.work, options)?;
     let mut cri = Cri::connect(&stage.work, &containerd.socket())?;
