@@ -38,7 +38,8 @@ fn an_installation_by_the_book_is_lazy(version: Version, drop_in: &str) {
     let settings = settings.replacen(HYDRATION, "\nhydration = false\n", 1);
     let node = Node::start_in(&stage.work, &installation, &settings).unwrap();
     let certs_d = "/etc/containerd/certs.d".into();
-    let options = ContainerdOptions { version, snapshotter: node.snapshotter(), pause_image, certs_d, transfer: true };
+    let snapshotter = node.snapshotter();
+    let options = ContainerdOptions { version, snapshotter, pause_image, certs_d, transfer: true, labels: true };
     let containerd = Containerd::start_in(&stage.work, &installation, options).unwrap();
     lazy_by_cri_of(&mut stage, &node, &containerd, &image).unwrap();
 }
