@@ -76,7 +76,14 @@ impl Embedded {
         std::fs::create_dir_all(&scratch).with_context(|| format!("making {}", scratch.display()))?;
         let store = directory.join("store");
         let store = Store::open(store.to_str().context("the path of the root is no text")?)?;
-        let import = ImportOptions { images: IMAGES, builders: 1, deadline: DEADLINE, scratch, idle: true };
+        let import = ImportOptions {
+            images: IMAGES,
+            builders: 1,
+            deadline: DEADLINE,
+            scratch,
+            idle: true,
+            ..ImportOptions::default()
+        };
         let content = ContentOptions { toc_cache: TOC_CACHE, chunk_cache: 0, max_toc: MAX_TOC };
         let options = ServiceOptions { import, content, embedded: true, ..ServiceOptions::default() };
         let service = ImagesService::new(store.clone(), registry, options);

@@ -120,8 +120,7 @@ impl Lookup {
         };
         // The pattern lets through a little more than it should.
         let plain = host.bytes().all(|byte| byte.is_ascii_alphanumeric() || matches!(byte, b'.' | b'-'));
-        let images =
-            if plain { space.images(&format!("name~=\"^{host}(:[0-9]+)?/\"")).await? } else { Vec::new() };
+        let images = if plain { space.images(&format!("name~=\"^{host}(:[0-9]+)?/\"")).await? } else { Vec::new() };
         let images = images.iter().filter_map(|image| ImageRef::parse(&image.name).ok());
         let images: Vec<ImageRef> = images.filter(of_host).collect();
         let same = images.iter().filter(|image| image.repository() == repository).map(ImageRef::registry);
