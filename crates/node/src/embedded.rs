@@ -82,6 +82,8 @@ impl Embedded {
             deadline: DEADLINE,
             scratch,
             idle: true,
+            // Packed content is as large as its blob: one layer must not drive out everything else.
+            packed_max: limit / 4,
             ..ImportOptions::default()
         };
         let content = ContentOptions { toc_cache: TOC_CACHE, chunk_cache: 0, max_toc: MAX_TOC };

@@ -320,7 +320,8 @@ mod tests {
         let views = Arc::new(Views::new(Arc::clone(&store), Arc::new(LayerFs::new()), root.join("m")));
         let registry = Registries::new(RegistryOptions::default()).unwrap();
         let origins = Origins { registry, server: None, docker_config: None, metrics: metrics.clone() };
-        Arc::new(NodeImages::new(store, fetcher, views, Catalog::open(db).unwrap(), origins, Duration::from_secs(1)))
+        let catalog = Catalog::open(db).unwrap();
+        Arc::new(NodeImages::new(store, fetcher, views, catalog, origins, None, Duration::from_secs(1)))
     }
 
     #[tokio::test]

@@ -1,20 +1,19 @@
 //! From a range that somebody wants to fetches under way: what is missing, who brings it already, what to ask for.
 
-use std::ops::Range;
 use std::sync::Arc;
 
 use millstream_chunkstore::{Layer, LayerState};
 use millstream_source::{ErrorKind, Priority, SourceError, names};
-use millstream_toc::DataRange;
-use millstream_toc::format::{FormatError, SpanIx};
+use millstream_toc::format::FormatError;
 use millstream_toc::read::Chunk;
+use millstream_toc::{DataRange, Toc};
 
 use crate::attached::Attached;
 use crate::deliver::{store_failed, toc_failed};
 use crate::edges::Half;
 use crate::fetcher::Shared;
 use crate::flight::{self, Flight};
-use crate::plan::{self, Bounds, Group, Need};
+use crate::plan::{self, Bounds, Group, Need, Way};
 
 /// How often a read looks again for what is missing before it gives up. More than twice is only needed when a fetch that
 /// was joined brought other chunks than hoped, or half of one.
@@ -71,7 +70,8 @@ impl Shared {
         let mut flights = attached.flights();
         let mut joined: Vec<Arc<Flight>> = Vec::new();
         let mut rest = Vec::new();
-        for chunk in chunks {
+        let missing = plan::divide(toc, chunks).map_err(toc_failed)?;
+        for chunk in &missing.open {
             for need in self.needs(attached, *chunk, halves).map_err(toc_failed)? {
                 match flights.iter().find(|flight| flight.covers(&need.spans)) {
                     None => rest.push(need),
@@ -80,13 +80,29 @@ impl Shared {
                 }
             }
         }
+        let mut closed = missing.closed;
+        closed.retain(|chunk| match flights.iter().find(|flight| flight.brings(chunk)) {
+            None => !attached.layer.has(chunk.ix),
+            Some(flight) => {
+                if !joined.iter().any(|other| Arc::ptr_eq(other, flight)) {
+                    joined.push(flight.clone());
+                }
+                false
+            }
+        });
         for flight in &joined {
             flight.urgency.raise(&self.gate, priority);
         }
-        for mut group in plan::plan(toc, &rest, self.bounds(priority)).map_err(toc_failed)? {
-            if priority == Priority::Demand {
-                self.read_on(attached, &mut group).map_err(toc_failed)?;
+        let mut groups = plan::plan(toc, &rest, self.bounds(priority)).map_err(toc_failed)?;
+        if priority == Priority::Demand {
+            for group in &mut groups {
+                self.read_on(attached, group).map_err(toc_failed)?;
             }
+        }
+        let wanted =
+            |chunk: &Chunk| !attached.layer.has(chunk.ix) && !flights.iter().any(|flight| flight.brings(chunk));
+        groups.extend(plan::blocks(toc, &closed, wanted).map_err(toc_failed)?);
+        for group in groups {
             let flight = self.start(attached, group, priority);
             flights.push(flight.clone());
             joined.push(flight);
@@ -120,29 +136,41 @@ impl Shared {
     fn read_on(&self, attached: &Attached, group: &mut Group) -> Result<(), FormatError> {
         let options = &self.options;
         let toc = attached.layer.toc();
-        let end = attached.fetched().read_on(&group.spans, options.near, options.near_fetched, options.read_on);
-        for next in group.spans.end..end.min(toc.span_count()) {
+        let Way::Spans { spans, blob } = &mut group.way else { return Ok(()) };
+        let end = attached.fetched().read_on(spans, options.near, options.near_fetched, options.read_on);
+        for next in spans.end..end.min(toc.span_count()) {
             let span = toc.span(next)?;
-            if span.blob.start < attached.hydration.blob_bytes() {
+            if span.is_closed() || span.blob.start < attached.hydration.blob_bytes() {
                 break;
             }
-            group.spans.end = next + 1;
-            group.blob.end = span.blob.end;
+            spans.end = next + 1;
+            blob.end = span.blob.end;
         }
         Ok(())
     }
 
     fn start(self: &Arc<Self>, attached: &Arc<Attached>, group: Group, priority: Priority) -> Arc<Flight> {
-        let spans: Range<SpanIx> = group.spans.clone();
-        attached.fetched().note(&spans);
+        if let Way::Spans { spans, .. } = &group.way {
+            attached.fetched().note(spans);
+        }
         tracing::debug!(
-            { names::LAYER } = %attached.layer.digest(), ?spans, bytes = group.blob.len(), chunks = group.chunks.len(),
-            ?priority, "fetching",
+            { names::LAYER } = %attached.layer.digest(), way = ?group.way, chunks = group.chunks.len(), ?priority,
+            "fetching",
         );
-        let flight = Arc::new(Flight::new(attached.layer.clone(), self.edges.clone(), spans, priority));
+        let flight = Arc::new(Flight::new(attached.layer.clone(), self.edges.clone(), &group, priority));
         let task = flight::fly(self.clone(), attached.clone(), flight.clone(), group);
         self.runtime.spawn(task);
         flight
+    }
+
+    /// Groups that bring just these chunks, for one who keeps nothing.
+    pub(crate) fn unstored_groups(&self, toc: &Toc, missing: &[Chunk]) -> Result<Vec<Group>, FormatError> {
+        let missing = plan::divide(toc, missing)?;
+        let mut groups = plan::plan(toc, &plan::whole(toc, &missing.open)?, self.bounds(Priority::Demand))?;
+        if !missing.closed.is_empty() {
+            groups.push(Group { way: Way::Content, chunks: missing.closed });
+        }
+        Ok(groups)
     }
 
     pub(crate) fn bounds(&self, priority: Priority) -> Bounds {

@@ -12,7 +12,7 @@ use millstream_source::{ByteStream, ContentSource, ErrorKind, SourceError};
 use millstream_toc::format::SpanIx;
 use millstream_toc::read::Chunk;
 use millstream_toc::span::{SpanError, SpanExtractor};
-use millstream_toc::{DataRange, Toc};
+use millstream_toc::{BlobRange, DataRange, Toc};
 use tokio::sync::mpsc;
 
 use crate::attached::ImageSources;
@@ -37,8 +37,13 @@ pub(crate) struct Attempt<'a> {
 }
 
 impl Attempt<'_> {
-    /// Fetches the group's compressed bytes, decompresses them as they arrive and hands on every chunk that matches.
-    pub(crate) async fn try_blob(self, image: &ImageSources) -> Result<(), SourceError> {
+    /// Fetches `spans`, which lie at `blob`, decompresses them as they arrive and hands on every chunk that matches.
+    pub(crate) async fn try_blob(
+        self,
+        image: &ImageSources,
+        spans: &Range<SpanIx>,
+        blob: BlobRange,
+    ) -> Result<(), SourceError> {
         let Self { shared, layer, group, urgency, sink } = self;
         let _permit = shared.gate.acquire(urgency).await?;
         if group.chunks.iter().all(|chunk| !sink.wants(chunk.ix)) {
@@ -47,26 +52,25 @@ impl Attempt<'_> {
         }
         let (digest, idle) = (layer.digest(), shared.options.idle_timeout);
         shared.tally.request();
-        let first = group.spans.start;
-        let body = bounded(idle, "first byte of a blob", image.blob.read(&digest, group.blob));
-        let window = shared.windows.get(layer, first, &*image.windows, &shared.tally);
+        let body = bounded(idle, "first byte of a blob", image.blob.read(&digest, blob));
+        let window = shared.windows.get(layer, spans.start, &*image.windows, &shared.tally);
         let window = bounded(idle, "window of a span", window);
         let (body, window) = tokio::try_join!(body, window)?;
 
         let (pieces, received) = mpsc::channel(PIECES);
-        let (toc, sink, spans) = (layer.toc().clone(), sink.clone(), group.spans.clone());
-        let extracted = shared.runtime.spawn_blocking(move || extract(&toc, &spans, &window, received, &*sink));
-        let pumped = self.pump(body, pieces).await;
+        let (toc, sink, extracted) = (layer.toc().clone(), sink.clone(), spans.clone());
+        let extracted = shared.runtime.spawn_blocking(move || extract(&toc, &extracted, &window, received, &*sink));
+        let pumped = self.pump(body, blob.len(), pieces).await;
         // What the decompressor says explains more than the end of the body it caused.
         extracted.await.map_err(|e| SourceError::new(ErrorKind::Local, format!("decompressor failed: {e}")))??;
         pumped?;
-        self.check_complete()
+        self.check_complete(spans)
     }
 
-    /// Passes the body on, piece by piece. Ends early, without an error, when nobody takes the pieces any more.
-    async fn pump(self, mut body: ByteStream, pieces: mpsc::Sender<Bytes>) -> Result<(), SourceError> {
-        let Self { shared, layer, group, urgency, .. } = self;
-        let mut left = group.blob.len();
+    /// Passes the `left` bytes of the body on, piece by piece. Ends early, without an error, when nobody takes the pieces any
+    /// more.
+    async fn pump(self, mut body: ByteStream, mut left: u64, pieces: mpsc::Sender<Bytes>) -> Result<(), SourceError> {
+        let Self { shared, layer, urgency, .. } = self;
         while let Some(piece) = next_piece(&mut body, shared.options.idle_timeout).await? {
             shared.tally.received(urgency.priority(), piece.len());
             left = left.checked_sub(piece.len() as u64).ok_or_else(|| wrong_length(layer))?;
@@ -78,12 +82,12 @@ impl Attempt<'_> {
     }
 
     /// All bytes came and matched so far, so every chunk of which all spans were fetched must be there.
-    fn check_complete(self) -> Result<(), SourceError> {
+    fn check_complete(self, fetched: &Range<SpanIx>) -> Result<(), SourceError> {
         let Self { layer, group, sink, .. } = self;
         for chunk in group.chunks.iter().filter(|chunk| sink.wants(chunk.ix)) {
             let spans = plan::spans_of(layer.toc(), *chunk).map_err(toc_failed)?;
-            if spans.is_some_and(|spans| group.spans.start <= spans.start && spans.end <= group.spans.end) {
-                let message = format!("spans {:?} of {} ended before chunk {}", group.spans, layer.digest(), chunk.ix);
+            if spans.is_some_and(|spans| fetched.start <= spans.start && spans.end <= fetched.end) {
+                let message = format!("spans {fetched:?} of {} ended before chunk {}", layer.digest(), chunk.ix);
                 return Err(SourceError::new(ErrorKind::DigestMismatch, message));
             }
         }
@@ -166,8 +170,7 @@ fn take_content(
         let start = usize::try_from(chunk.data.start.saturating_sub(range.start)).unwrap_or(usize::MAX);
         let len = usize::try_from(chunk.data.len()).unwrap_or(usize::MAX);
         let bytes = bytes.get(start..).and_then(|rest| rest.get(..len)).unwrap_or_default();
-        let expected = toc.chunk_digest(chunk.ix).map_err(toc_failed)?;
-        if blake3::hash(bytes).as_bytes()[..expected.len()] != expected {
+        if !toc.verify_chunk(chunk.ix, bytes).map_err(toc_failed)? {
             let message = format!("content of chunk {} of {} does not match its digest", chunk.ix, toc.blob_digest());
             return Err(SourceError::new(ErrorKind::DigestMismatch, message));
         }

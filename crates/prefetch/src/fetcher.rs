@@ -20,7 +20,6 @@ use crate::flight;
 use crate::gate::{Gate, Urgency};
 use crate::hydrate::{Hydration, Progress};
 use crate::options::FetchOptions;
-use crate::plan;
 use crate::queue::Limits;
 use crate::share::Turns;
 use crate::windows::Windows;
@@ -194,9 +193,7 @@ impl Fetcher {
         let sink: Arc<dyn ChunkSink> = memory.clone();
         let urgency = Urgency::new(Priority::Demand);
         let toc = attached.layer.toc();
-        let groups =
-            plan::whole(toc, &missing).and_then(|needs| plan::plan(toc, &needs, self.shared.bounds(Priority::Demand)));
-        let groups = groups.map_err(toc_failed)?;
+        let groups = self.shared.unstored_groups(toc, &missing).map_err(toc_failed)?;
         let all = async {
             for group in &groups {
                 let attempt =

@@ -19,16 +19,25 @@ use crate::edges::Edges;
 use crate::extract::Attempt;
 use crate::fetcher::Shared;
 use crate::gate::Urgency;
-use crate::plan::Group;
+use crate::plan::{Group, Way};
 
 /// A fetch under way whose chunks go to the store.
 #[derive(Debug)]
 pub(crate) struct Flight {
     layer: Arc<Layer>,
     edges: Arc<Edges>,
-    pub(crate) spans: Range<SpanIx>,
+    brings: Brings,
     pub(crate) urgency: Urgency,
     state: watch::Sender<State>,
+}
+
+/// What a fetch brings when it succeeds.
+#[derive(Debug)]
+enum Brings {
+    /// Everything in these spans.
+    Spans(Range<SpanIx>),
+    /// These chunks, ascending.
+    Chunks(Vec<Chunk>),
 }
 
 #[derive(Debug, Default)]
@@ -39,13 +48,22 @@ struct State {
 }
 
 impl Flight {
-    pub(crate) fn new(layer: Arc<Layer>, edges: Arc<Edges>, spans: Range<SpanIx>, priority: Priority) -> Self {
-        Self { layer, edges, spans, urgency: Urgency::new(priority), state: watch::Sender::default() }
+    pub(crate) fn new(layer: Arc<Layer>, edges: Arc<Edges>, group: &Group, priority: Priority) -> Self {
+        let brings = match &group.way {
+            Way::Spans { spans, .. } => Brings::Spans(spans.clone()),
+            Way::Content => Brings::Chunks(group.chunks.clone()),
+        };
+        Self { layer, edges, brings, urgency: Urgency::new(priority), state: watch::Sender::default() }
     }
 
     /// Whether it will bring what lies in `spans`.
     pub(crate) fn covers(&self, spans: &Range<SpanIx>) -> bool {
-        self.spans.start <= spans.start && spans.end <= self.spans.end
+        matches!(&self.brings, Brings::Spans(own) if own.start <= spans.start && spans.end <= own.end)
+    }
+
+    /// Whether it will bring `chunk`, which needs a closed span.
+    pub(crate) fn brings(&self, chunk: &Chunk) -> bool {
+        matches!(&self.brings, Brings::Chunks(own) if own.binary_search(chunk).is_ok())
     }
 
     /// Waits until no chunk of `range` is missing (`true`) or the fetch has ended.
@@ -105,8 +123,7 @@ impl ChunkSink for Flight {
             return Ok(());
         }
         let joined = self.edges.offer(&self.layer.digest(), edge, |whole| {
-            let expected = self.layer.toc().chunk_digest(chunk.ix).map_err(toc_failed)?;
-            if blake3::hash(whole).as_bytes()[..expected.len()] == expected {
+            if self.layer.toc().verify_chunk(chunk.ix, whole).map_err(toc_failed)? {
                 return self.put(chunk, whole);
             }
             // Either half may be wrong. Whoever wants the chunk fetches it anew, all from one source, which shows which.
@@ -158,7 +175,7 @@ pub(crate) async fn fly(shared: Arc<Shared>, attached: Arc<Attached>, flight: Ar
         // Readers report their own failures, with what they wanted.
         tracing::debug!(
             { names::LAYER } = %attached.layer.digest(), { names::CODE } = error.kind.code(), %error,
-            spans = ?group.spans, "fetch failed",
+            way = ?group.way, "fetch failed",
         );
     }
     landing.outcome = Some(outcome);
@@ -171,21 +188,24 @@ enum Half {
     Content,
 }
 
-/// Asks all sources in order, compressed bytes first, round after round, until one gives the group or none is left.
+/// Asks all sources in order, compressed bytes first (but where spans are closed), round after round, until one gives the
+/// group or none is left.
 pub(crate) async fn fetch(attached: &Attached, attempt: Attempt<'_>) -> Result<(), SourceError> {
     let options = &attempt.shared.options;
     let mut given_up: Vec<(u64, Half)> = Vec::new();
-    let mut last = SourceError::new(ErrorKind::Unavailable, "the layer has no source");
+    let mut last = SourceError::new(ErrorKind::Unavailable, "the layer has no source for these bytes");
     for round in 1..=options.attempts.max(1) {
         let mut retry = None;
-        for (source, half) in candidates(attached) {
+        for (source, half) in candidates(attached, &attempt.group.way) {
             if given_up.contains(&(source.id, half)) {
                 continue;
             }
-            let result = match (half, &source.image) {
-                (Half::Blob, image) => attempt.try_blob(image).await,
-                (Half::Content, ImageSources { content: Some(content), .. }) => attempt.try_content(&**content).await,
-                (Half::Content, _) => continue,
+            let result = match (half, &source.image, &attempt.group.way) {
+                (Half::Blob, image, Way::Spans { spans, blob }) => attempt.try_blob(image, spans, *blob).await,
+                (Half::Content, ImageSources { content: Some(content), .. }, _) => {
+                    attempt.try_content(&**content).await
+                }
+                _ => continue,
             };
             let Err(error) = result else { return Ok(()) };
             // Our own disk is full or broken, or our own queue is: no other source changes that.
@@ -208,11 +228,12 @@ pub(crate) async fn fetch(attached: &Attached, attempt: Attempt<'_>) -> Result<(
     Err(last)
 }
 
-fn candidates(attached: &Attached) -> Vec<(Arc<Source>, Half)> {
+fn candidates(attached: &Attached, way: &Way) -> Vec<(Arc<Source>, Half)> {
     let sources = attached.sources();
     let content =
         sources.iter().filter(|source| source.image.content.is_some()).map(|source| (source.clone(), Half::Content));
-    let mut all: Vec<_> = sources.iter().map(|source| (source.clone(), Half::Blob)).collect();
+    let blobs = if matches!(way, Way::Spans { .. }) { &sources[..] } else { &[] };
+    let mut all: Vec<_> = blobs.iter().map(|source| (source.clone(), Half::Blob)).collect();
     all.extend(content);
     all
 }

@@ -4,18 +4,34 @@ use std::ops::Range;
 
 use millstream_toc::format::{FormatError, SpanIx};
 use millstream_toc::read::Chunk;
-use millstream_toc::{BlobRange, Toc};
+use millstream_toc::{BlobRange, DataRange, Toc};
 
-/// Consecutive spans that are fetched with one request.
+/// Bytes of the data address space that are fetched together, from a multiple of them on, where a layer cannot be entered: its
+/// neighbours come along, as they do with a span.
+pub const CLOSED_BLOCK: u64 = 512 * 1024;
+
+/// Chunks that are fetched together.
 #[derive(Debug, Clone, PartialEq, Eq)]
 pub struct Group {
-    /// The spans.
-    pub spans: Range<SpanIx>,
-    /// Their compressed bytes.
-    pub blob: BlobRange,
-    /// The chunks they are fetched for, ascending; the first and the last may need one span more, which is or was fetched
-    /// by somebody else. Other chunks within the spans come along.
+    /// How they are fetched.
+    pub way: Way,
+    /// The chunks, ascending. With spans, the first and the last may need one span more, which is or was fetched by somebody
+    /// else, and other chunks within the spans come along.
     pub chunks: Vec<Chunk>,
+}
+
+/// How chunks are fetched.
+#[derive(Debug, Clone, PartialEq, Eq)]
+pub enum Way {
+    /// As consecutive spans, none of them closed, with one request; or, where no registry gives them, as plain content.
+    Spans {
+        /// The spans.
+        spans: Range<SpanIx>,
+        /// Their compressed bytes.
+        blob: BlobRange,
+    },
+    /// As plain content only: a span that they need is closed.
+    Content,
 }
 
 /// How large a group may become.
@@ -45,7 +61,53 @@ pub struct Need {
     pub spans: Range<SpanIx>,
 }
 
-/// Fetches each chunk with all the spans it needs.
+/// Chunks as they were found missing, divided by how they are fetched.
+#[derive(Debug, Clone, Default, PartialEq, Eq)]
+pub struct Missing {
+    /// Those that come out of spans.
+    pub open: Vec<Chunk>,
+    /// Those that do not, because a span they need is closed.
+    pub closed: Vec<Chunk>,
+}
+
+/// Divides `chunks`.
+///
+/// # Errors
+/// When the TOC is damaged.
+pub fn divide(toc: &Toc, chunks: &[Chunk]) -> Result<Missing, FormatError> {
+    let mut missing = Missing::default();
+    for chunk in chunks {
+        let part = if toc.is_closed(chunk.data)? { &mut missing.closed } else { &mut missing.open };
+        part.push(*chunk);
+    }
+    Ok(missing)
+}
+
+/// One group for each block in which one of `chunks` begins, which need closed spans and ascend: those of the block's chunks
+/// that need them, too, and are `wanted`.
+///
+/// # Errors
+/// When the TOC is damaged.
+pub fn blocks(toc: &Toc, chunks: &[Chunk], wanted: impl Fn(&Chunk) -> bool) -> Result<Vec<Group>, FormatError> {
+    let mut groups: Vec<Group> = Vec::new();
+    for chunk in chunks {
+        if groups.last().is_some_and(|group| group.chunks.last() >= Some(chunk)) {
+            continue;
+        }
+        let start = chunk.data.start / CLOSED_BLOCK * CLOSED_BLOCK;
+        let after = groups.last().and_then(|group| group.chunks.last()).copied();
+        let mut around = Vec::new();
+        for other in toc.chunks_in(DataRange::new(start, start.saturating_add(CLOSED_BLOCK)))? {
+            if other == *chunk || (Some(other) > after && wanted(&other) && toc.is_closed(other.data)?) {
+                around.push(other);
+            }
+        }
+        groups.push(Group { way: Way::Content, chunks: around });
+    }
+    Ok(groups)
+}
+
+/// Fetches each chunk, none of which needs a closed span, with all the spans it needs.
 ///
 /// # Errors
 /// When the TOC is damaged.
@@ -76,36 +138,44 @@ pub fn has_halves(toc: &Toc, chunk: Chunk, spans: &Range<SpanIx>) -> Result<bool
 /// # Errors
 /// When the TOC is damaged.
 pub fn plan(toc: &Toc, needs: &[Need], bounds: Bounds) -> Result<Vec<Group>, FormatError> {
-    let mut groups: Vec<Group> = Vec::new();
+    let mut joined: Vec<(Range<SpanIx>, Vec<Chunk>)> = Vec::new();
     for Need { chunk, spans } in needs {
-        if let Some(group) = groups.last_mut()
-            && joins(toc, group, spans, bounds)?
+        if let Some((so_far, chunks)) = joined.last_mut()
+            && joins(toc, so_far, spans, bounds)?
         {
-            group.spans.end = group.spans.end.max(spans.end);
-            if group.chunks.last() != Some(chunk) {
-                group.chunks.push(*chunk);
+            so_far.end = so_far.end.max(spans.end);
+            if chunks.last() != Some(chunk) {
+                chunks.push(*chunk);
             }
             continue;
         }
-        groups.push(Group { spans: spans.clone(), blob: BlobRange::default(), chunks: vec![*chunk] });
+        joined.push((spans.clone(), vec![*chunk]));
     }
-    for group in &mut groups {
-        let (first, last) = (toc.span(group.spans.start)?, toc.span(group.spans.end.saturating_sub(1))?);
-        group.blob = BlobRange::new(first.blob.start, last.blob.end);
+    let mut groups = Vec::with_capacity(joined.len());
+    for (spans, chunks) in joined {
+        let (first, last) = (toc.span(spans.start)?, toc.span(spans.end.saturating_sub(1))?);
+        let blob = BlobRange::new(first.blob.start, last.blob.end);
+        groups.push(Group { way: Way::Spans { spans, blob }, chunks });
     }
     Ok(groups)
 }
 
-fn joins(toc: &Toc, group: &Group, spans: &Range<SpanIx>, bounds: Bounds) -> Result<bool, FormatError> {
-    if spans.start < group.spans.start {
+fn joins(toc: &Toc, so_far: &Range<SpanIx>, spans: &Range<SpanIx>, bounds: Bounds) -> Result<bool, FormatError> {
+    if spans.start < so_far.start {
         return Ok(false);
     }
-    if spans.end <= group.spans.end {
+    if spans.end <= so_far.end {
         return Ok(true);
     }
-    if spans.end - group.spans.start > bounds.spans.max(1) {
+    if spans.end - so_far.start > bounds.spans.max(1) {
         return Ok(false);
     }
-    let end = toc.span(group.spans.end.saturating_sub(1))?.blob.end;
+    // Few compressed bytes can be much output.
+    for between in so_far.end..spans.start {
+        if toc.span(between)?.is_closed() {
+            return Ok(false);
+        }
+    }
+    let end = toc.span(so_far.end.saturating_sub(1))?.blob.end;
     Ok(toc.span(spans.start)?.blob.start.saturating_sub(end) <= bounds.gap)
 }

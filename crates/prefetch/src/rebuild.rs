@@ -9,7 +9,7 @@ use millstream_oci::Digest;
 use millstream_source::{ErrorKind, SourceError};
 use millstream_toc::format::{ChunkIx, SHORT_DIGEST};
 use millstream_toc::read::Chunk;
-use millstream_toc::{Budget, BuildError, BuildOptions, BuildSink, Compression, DataRange, Toc, build};
+use millstream_toc::{Budget, BuildError, BuildOptions, BuildSink, DataRange, Toc, build};
 use sha2::{Digest as _, Sha256};
 use tokio::sync::mpsc;
 
@@ -31,10 +31,9 @@ pub(crate) enum Verdict {
 /// Builds the TOC of the blob whose parts come through `parts`, stores its chunks and compares. Blocks.
 pub(crate) fn rebuild(layer: &Layer, parts: mpsc::Receiver<Bytes>, budget: Budget) -> Verdict {
     let toc = layer.toc();
-    let compression = match toc.header().compression.get() {
-        0 => Compression::Plain,
-        1 => Compression::Gzip,
-        other => return Verdict::WrongToc(format!("the TOC names an unknown compression {other}")),
+    let compression = match toc.compression() {
+        Ok(compression) => compression,
+        Err(error) => return Verdict::WrongToc(error.to_string()),
     };
     // Whatever the server allows itself: a tar that is longer than the TOC says is found out when it gets longer, and there is no
     // file of more than all content.
@@ -42,7 +41,7 @@ pub(crate) fn rebuild(layer: &Layer, parts: mpsc::Receiver<Bytes>, budget: Budge
     let budget = Budget { max_tar_size: tar, max_file_size: data, max_ratio: u64::MAX, ..budget };
     let mut blob = Parts { parts, current: Bytes::new(), left: toc.blob_size(), hash: Sha256::new() };
     let mut sink = Keeper { layer, toc, wrong: None, failed: None };
-    let built = build(&mut blob, &BuildOptions { compression, budget }, &mut sink);
+    let built = build(&mut blob, &BuildOptions { budget, ..BuildOptions::new(compression) }, &mut sink);
     if let Some(error) = sink.failed {
         return Verdict::Failed(store_failed(error));
     }

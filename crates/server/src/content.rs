@@ -1,4 +1,5 @@
-//! File content of layers: spans from the registry, decompressed, verified chunk by chunk, kept in memory for a while.
+//! File content of layers: spans from the registry or packed content from the store, decompressed, verified chunk by chunk,
+//! kept in memory for a while.
 
 use std::collections::{BTreeMap, BTreeSet, HashMap};
 use std::hash::{BuildHasher, RandomState};
@@ -22,6 +23,7 @@ use crate::blob::{ChannelReader, channel, pump};
 use crate::bounded::Bounded;
 use crate::metrics::{Cache, ServerMetrics};
 use crate::store::Store;
+use crate::{packed, pieces};
 
 /// Bytes of memory for what was read lately.
 #[derive(Debug, Clone)]
@@ -45,6 +47,8 @@ impl Default for ContentOptions {
 const LOADS_AT_ONCE: usize = 2;
 /// How long a request waits for its turn to unpack a TOC.
 const LOAD_PATIENCE: Duration = Duration::from_secs(30);
+/// Bytes of a window: deflate looks back no further.
+const MAX_WINDOW: usize = 32 * 1024;
 /// How often a random chunk is drawn until one is found that is not a hole.
 const DRAWS: u64 = 64;
 /// A blob of at most this many bytes is read whole where no chunk of it can be shown.
@@ -162,11 +166,13 @@ impl Content {
         let chunks = toc.chunks_in(range).map_err(toc_error(&blob))?;
         let mut found: BTreeMap<ChunkIx, Bytes> = BTreeMap::new();
         let mut needed: BTreeSet<SpanIx> = BTreeSet::new();
+        let mut closed: Vec<Chunk> = Vec::new();
         for chunk in &chunks {
             // Bound to a name: the lock must not be held over the arms.
             let cached = lock(&self.chunks).get(&(blob, chunk.ix));
             match cached {
                 Some(bytes) => drop(found.insert(chunk.ix, bytes)),
+                None if toc.is_closed(chunk.data).map_err(toc_error(&blob))? => closed.push(*chunk),
                 None => needed.extend(toc.spans_for(chunk.data).map_err(toc_error(&blob))?),
             }
         }
@@ -176,6 +182,7 @@ impl Content {
             let wanted = chunks.iter().map(|chunk| chunk.ix).collect();
             found.extend(self.extract(toc, source, run, wanted).await?);
         }
+        found.extend(self.unpacked(toc, closed).await?);
         let mut out = vec![0; usize::try_from(range.len()).map_err(|_| too_long())?];
         for chunk in &chunks {
             match found.get(&chunk.ix) {
@@ -190,13 +197,42 @@ impl Content {
         Ok(out.into())
     }
 
-    /// Whether `source` really has the blob of `toc`: reads one chunk, chosen by chance, past every cache; or the whole blob
-    /// where a small one has no content. `Ok(false)` when there is nothing to ask for.
+    /// The ascending chunks `wanted`, which must be stored in closed spans, out of packed content. They are verified and go
+    /// to the cache.
+    async fn unpacked(&self, toc: &Arc<Toc>, wanted: Vec<Chunk>) -> Result<Vec<(ChunkIx, Bytes)>, ServeError> {
+        let (Some(first), Some(last)) = (wanted.first(), wanted.last()) else { return Ok(Vec::new()) };
+        let blob = toc.blob_digest();
+        let units = packed::units_of(DataRange::new(first.data.start, last.data.end));
+        let items = self.store.packed(&blob, packed::units(toc.data_size()), units.start, units.end).await?;
+        let (for_thread, cache) = (Arc::clone(toc), Arc::clone(&self.chunks));
+        let unpacked = blocking(move || {
+            let bytes: Option<Vec<Vec<u8>>> = items.iter().map(|item| packed::unpack(item).ok()).collect();
+            let bytes = bytes?;
+            let mut found = Vec::with_capacity(wanted.len());
+            for chunk in wanted {
+                let bytes = Bytes::from(packed::assemble(chunk.data, units.start, &bytes)?);
+                if !for_thread.verify_chunk(chunk.ix, &bytes).ok()? {
+                    return None;
+                }
+                lock(&cache).insert((blob, chunk.ix), bytes.clone(), bytes.len() as u64);
+                found.push((chunk.ix, bytes));
+            }
+            Some(found)
+        });
+        let damaged = || ServeError::Internal { what: format!("packed content of layer {blob} is damaged") };
+        unpacked.await?.ok_or_else(damaged)
+    }
+
+    /// Whether `source` really has the blob of `toc`: reads one chunk, chosen by chance, past every cache, or where spans are
+    /// closed one piece of the blob; or the whole of a small blob without content. `Ok(false)` when there is nothing to ask for.
     ///
     /// A TOC is found by the blob's digest alone, and a digest is no secret. Who cannot show the bytes is not given what is
     /// derived from them.
     pub(crate) async fn prove(&self, toc: &Arc<Toc>, source: &dyn BlobSource) -> Result<bool, ServeError> {
         let blob = toc.blob_digest();
+        if toc.has_closed_spans().map_err(toc_error(&blob))? {
+            return self.prove_piece(&blob, toc.blob_size(), source).await;
+        }
         let seed = RandomState::new();
         let Some(count) = Some(u64::from(toc.chunk_count())).filter(|count| *count > 0) else {
             return prove_whole(toc, source).await;
@@ -217,6 +253,26 @@ impl Content {
             return Err(ServeError::Mismatch { what });
         }
         Ok(false)
+    }
+
+    async fn prove_piece(&self, blob: &Digest, size: u64, source: &dyn BlobSource) -> Result<bool, ServeError> {
+        let (ix, range) = pieces::choose(size, RandomState::new().hash_one(size));
+        let expected = self.store.piece(blob, ix).await?;
+        let (sender, mut reader) = channel();
+        let read = blocking(move || {
+            let mut bytes = Vec::new();
+            while let Some(piece) = reader.next() {
+                bytes.extend_from_slice(&piece);
+            }
+            bytes
+        });
+        let (pumped, bytes) = tokio::join!(pump(source, blob, range, sender, &|_| ()), read);
+        pumped?;
+        if pieces::matches(&bytes?, &expected) {
+            return Ok(true);
+        }
+        let what = format!("layer {blob}: bytes {range} of the registry are not those of the blob");
+        Err(ServeError::Mismatch { what })
     }
 
     /// Fetches the consecutive `spans` and decompresses them. All chunks that come out go to the cache, the `wanted` ones
@@ -256,7 +312,8 @@ impl Content {
             return Ok(Vec::new());
         }
         let packed = self.store.windows(&blob, toc.span_count(), span, span + 1).await?;
-        let raw = packed.first().and_then(|packed| crate::windows::unpack(packed).ok()).ok_or_else(damaged)?;
+        let raw =
+            packed.first().and_then(|packed| crate::items::unpack(packed, MAX_WINDOW).ok()).ok_or_else(damaged)?;
         if toc.verify_window(span, &raw) { Ok(raw) } else { Err(damaged()) }
     }
 }

@@ -9,14 +9,13 @@ use std::time::{Duration, Instant};
 use millstream_oci::{Digest, ImageRef, ManifestDigest, Platform};
 use millstream_source::ImageSource;
 use millstream_toc::Budget;
-use millstream_toc::build::BuildOptions;
 use tokio::sync::{OwnedSemaphorePermit, Semaphore};
 use tokio::task::JoinSet;
 
 use crate::ServeError;
 use crate::content::Content;
 use crate::describe::{Described, describe};
-use crate::layer::{Build, Outcome, WantedLayer, import_layer};
+use crate::layer::{Means, Outcome, WantedLayer, import_layer};
 use crate::metrics::{LayerResult, ServerMetrics};
 use crate::store::{ImageRecord, Store};
 
@@ -36,6 +35,9 @@ pub struct ImportOptions {
     pub scratch: PathBuf,
     /// Whether layers are built at the lowest priority, on threads of their own: on a machine that has other work.
     pub idle: bool,
+    /// Layers that cannot be entered every 16 MiB of output are kept as packed content, if they have at most this many bytes
+    /// of it; zero: none are, and such layers cannot be streamed.
+    pub packed_max: u64,
     /// What one layer may cost; one that costs more is not streamed.
     pub budget: Budget,
 }
@@ -48,6 +50,7 @@ impl Default for ImportOptions {
             deadline: Duration::from_secs(3600),
             scratch: std::env::temp_dir(),
             idle: false,
+            packed_max: 16 << 30,
             budget: Budget::default(),
         }
     }
@@ -201,10 +204,10 @@ impl Importer {
                     Outcome::Ready
                 } else {
                     let _builder = self.builders.acquire().await;
-                    let ImportOptions { scratch, budget, idle, .. } = &self.options;
-                    let options = BuildOptions { compression, budget: *budget };
-                    let build = Build { scratch, options, idle: *idle };
-                    import_layer(&self.store, &*job.source, layer, build, &count).await?
+                    let ImportOptions { scratch, budget, packed_max, idle, .. } = &self.options;
+                    let means =
+                        Means { scratch: scratch.clone(), budget: *budget, packed_max: *packed_max, idle: *idle };
+                    import_layer(&self.store, &means, &*job.source, layer, compression, &count).await?
                 }
             }
         };

@@ -33,6 +33,7 @@ pub(crate) fn service(settings: &Settings) -> ServiceOptions {
         deadline: settings.import.deadline,
         scratch: settings.import.scratch.clone(),
         budget: budget(&settings.import.budget),
+        packed_max: settings.import.packed_max,
         ..ImportOptions::default()
     };
     if settings.import.builders > 0 {

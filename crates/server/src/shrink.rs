@@ -145,7 +145,7 @@ fn age(meta: &ObjectMeta, now: SystemTime) -> Duration {
 /// The layer that an object is of.
 fn blob_of(path: &Path) -> Option<Digest> {
     let (kind, name) = path.as_ref().split_once('/')?;
-    if !matches!(kind, "tocs" | "windows" | "skeletons" | "layers") {
+    if !matches!(kind, "tocs" | "windows" | "packed" | "pieces" | "skeletons" | "layers") {
         return None;
     }
     format!("sha256:{name}").parse().ok()
@@ -157,7 +157,7 @@ mod tests {
 
     use super::*;
     use crate::store::{ImageLayer, LayerRecord};
-    use crate::windows::WindowWriter;
+    use crate::items::ItemWriter;
 
     const DAY: Duration = Duration::from_secs(24 * 3600);
 
@@ -167,7 +167,7 @@ mod tests {
         for name in names {
             let blob = Digest::of(name.as_bytes());
             store.put_toc(&blob, vec![0; 1000]).await.unwrap();
-            let windows = WindowWriter::new(directory).unwrap().finish(1).unwrap();
+            let windows = ItemWriter::new(directory, 3).unwrap().finish(1).unwrap();
             store.put_windows(&blob, windows).await.unwrap();
             let record = LayerRecord {
                 format: millstream_toc::format::VERSION,

@@ -3,9 +3,11 @@
 //! | object | content |
 //! |---|---|
 //! | `tocs/<blob>` | TOC in wire form |
-//! | `windows/<blob>` | index and compressed windows, see [`crate::windows`] |
+//! | `windows/<blob>` | index and compressed windows, see [`crate::items`] |
+//! | `packed/<blob>` | index and compressed content, see [`crate::packed`]; only for layers with closed spans |
+//! | `pieces/<blob>` | digests of the blob's pieces, see [`crate::pieces`]; only for layers with closed spans |
 //! | `skeletons/<blob>` | the skeleton, see [`crate::skeleton`]; absent where it is large or was not made yet |
-//! | `layers/<blob>` | JSON [`LayerRecord`]; written after the three above, so that its presence vouches for theirs |
+//! | `layers/<blob>` | JSON [`LayerRecord`]; written after those above, so that its presence vouches for theirs |
 //! | `indexes/<index>` | an image index as the registry gave it |
 //! | `images/<manifest>/<SHA-256 of the repository's name>` | JSON [`ImageRecord`]; written last |
 //!
@@ -28,7 +30,7 @@ use serde::de::DeserializeOwned;
 use serde::{Deserialize, Serialize};
 use tokio::io::AsyncReadExt;
 
-use crate::windows::WindowFile;
+use crate::items::ItemFile;
 
 /// Parts of one upload under way at a time.
 const UPLOADS_AT_ONCE: usize = 4;
@@ -74,7 +76,7 @@ pub enum StoreError {
     },
 }
 
-/// A blob whose TOC and windows are in the store.
+/// A blob whose TOC and windows (and content, if it has closed spans) are in the store.
 #[derive(Debug, Clone, PartialEq, Eq, Serialize, Deserialize)]
 pub struct LayerRecord {
     /// Version of the TOC's canonical form.
@@ -180,7 +182,7 @@ impl Store {
         Ok(record.filter(|record| record.format == VERSION))
     }
 
-    /// Records `blob`. Its TOC and windows must be stored already.
+    /// Records `blob`. Its TOC, its windows and, if it has closed spans, its content must be stored already.
     ///
     /// # Errors
     ///
@@ -217,9 +219,19 @@ impl Store {
     /// # Errors
     ///
     /// When the object store or the scratch file fails.
-    pub async fn put_windows(&self, blob: &Digest, windows: WindowFile) -> Result<(), StoreError> {
+    pub async fn put_windows(&self, blob: &Digest, windows: ItemFile) -> Result<(), StoreError> {
         let (index, file) = windows.into_parts();
         self.upload(&windows_path(blob), index, file).await
+    }
+
+    /// Stores the packed content of `blob`.
+    ///
+    /// # Errors
+    ///
+    /// When the object store or the scratch file fails.
+    pub async fn put_packed(&self, blob: &Digest, units: ItemFile) -> Result<(), StoreError> {
+        let (index, file) = units.into_parts();
+        self.upload(&packed_path(blob), index, file).await
     }
 
     /// Stores the skeleton of `blob`.
@@ -229,6 +241,27 @@ impl Store {
     /// When the object store or the scratch file fails.
     pub async fn put_skeleton(&self, blob: &Digest, skeleton: File) -> Result<(), StoreError> {
         self.upload(&skeleton_path(blob), Vec::new(), skeleton).await
+    }
+
+    /// Stores the digests of the pieces of `blob`.
+    ///
+    /// # Errors
+    ///
+    /// When the object store fails.
+    pub async fn put_pieces(&self, blob: &Digest, digests: Vec<u8>) -> Result<(), StoreError> {
+        self.put(&pieces_path(blob), digests.into()).await
+    }
+
+    /// The digest of piece `ix` of `blob`.
+    ///
+    /// # Errors
+    ///
+    /// When the object store fails, or there is no such piece.
+    pub async fn piece(&self, blob: &Digest, ix: u64) -> Result<Bytes, StoreError> {
+        let path = pieces_path(blob);
+        let place = ix.saturating_mul(crate::pieces::DIGEST);
+        let place = place..place.saturating_add(crate::pieces::DIGEST);
+        self.objects.get_range(&path, place).await.map_err(failed(&path))
     }
 
     /// The skeleton of `blob` in pieces, and its size in bytes; `None` when there is none.
@@ -277,26 +310,38 @@ impl Store {
     ///
     /// When the object store fails, or the index is damaged.
     pub async fn windows(&self, blob: &Digest, spans: u32, first: u32, end: u32) -> Result<Vec<Bytes>, StoreError> {
-        let path = windows_path(blob);
+        self.items(&windows_path(blob), spans, first, end).await
+    }
+
+    /// The compressed units `first..end` of the content of `blob`, which has `units` units in all.
+    ///
+    /// # Errors
+    ///
+    /// When the object store fails, or the index is damaged.
+    pub async fn packed(&self, blob: &Digest, units: u32, first: u32, end: u32) -> Result<Vec<Bytes>, StoreError> {
+        self.items(&packed_path(blob), units, first, end).await
+    }
+
+    async fn items(&self, path: &Path, count: u32, first: u32, end: u32) -> Result<Vec<Bytes>, StoreError> {
         let damaged = |reason: &str| StoreError::Damaged { path: path.to_string(), reason: reason.to_owned() };
-        let places = crate::windows::index_range(first, end);
-        let index = self.objects.get_range(&path, places).await.map_err(failed(&path))?;
-        let offsets = crate::windows::parse_index(&index).ok_or_else(|| damaged("offsets of windows descend"))?;
+        let places = crate::items::index_range(first, end);
+        let index = self.objects.get_range(path, places).await.map_err(failed(path))?;
+        let offsets = crate::items::parse_index(&index).ok_or_else(|| damaged("offsets of items descend"))?;
         let (Some(&start), Some(&stop)) = (offsets.first(), offsets.last()) else {
-            return Err(damaged("index of windows is empty"));
+            return Err(damaged("index of items is empty"));
         };
         if start == stop {
             return Ok(vec![Bytes::new(); (end - first) as usize]);
         }
-        let base = crate::windows::index_len(spans);
-        let data = self.objects.get_range(&path, base + start..base + stop).await.map_err(failed(&path))?;
-        let mut windows = Vec::with_capacity(offsets.len() - 1);
+        let base = crate::items::index_len(count);
+        let data = self.objects.get_range(path, base + start..base + stop).await.map_err(failed(path))?;
+        let mut items = Vec::with_capacity(offsets.len() - 1);
         for pair in offsets.windows(2) {
             let place = usize::try_from(pair[0] - start).ok().zip(usize::try_from(pair[1] - start).ok());
-            let (from, to) = place.filter(|place| place.1 <= data.len()).ok_or_else(|| damaged("windows are cut"))?;
-            windows.push(data.slice(from..to));
+            let (from, to) = place.filter(|place| place.1 <= data.len()).ok_or_else(|| damaged("items are cut"))?;
+            items.push(data.slice(from..to));
         }
-        Ok(windows)
+        Ok(items)
     }
 
     /// The image `manifest` as imported for `repository`.
@@ -376,6 +421,14 @@ fn windows_path(blob: &Digest) -> Path {
     Path::from(format!("windows/{}", blob.hex()))
 }
 
+fn packed_path(blob: &Digest) -> Path {
+    Path::from(format!("packed/{}", blob.hex()))
+}
+
+fn pieces_path(blob: &Digest) -> Path {
+    Path::from(format!("pieces/{}", blob.hex()))
+}
+
 fn skeleton_path(blob: &Digest) -> Path {
     Path::from(format!("skeletons/{}", blob.hex()))
 }
@@ -401,7 +454,7 @@ mod tests {
         let directory = tempfile::tempdir().unwrap();
         let store = Store::open(directory.path().to_str().unwrap()).unwrap();
         let blob = Digest::of(b"blob");
-        let mut writer = crate::windows::WindowWriter::new(directory.path()).unwrap();
+        let mut writer = crate::items::ItemWriter::new(directory.path(), 3).unwrap();
         let raw: Vec<Vec<u8>> = (0..300_u32).map(|n| n.to_le_bytes().repeat(n as usize * 20)).collect();
         for (span, window) in raw.iter().enumerate().filter(|(span, _)| span % 3 != 1) {
             writer.append(span.try_into().unwrap(), window).unwrap();
@@ -412,7 +465,7 @@ mod tests {
             assert_eq!(windows.len(), (end - first) as usize);
             for (span, window) in (first..).zip(windows) {
                 let expected = if span % 3 == 1 { &[][..] } else { &raw[span as usize] };
-                assert_eq!(crate::windows::unpack(&window).unwrap(), expected, "span {span}");
+                assert_eq!(crate::items::unpack(&window, 32 * 1024).unwrap(), expected, "span {span}");
             }
         }
         assert!(store.windows(&blob, 300, 290, 400).await.is_err());

@@ -97,6 +97,9 @@ pub struct ImportSettings {
     pub deadline: Duration,
     /// Directory for files that live as long as one layer's import.
     pub scratch: PathBuf,
+    /// Bytes of file content up to which a layer that cannot be entered often enough is kept packed; `"0B"`: never.
+    #[serde(with = "amount::size")]
+    pub packed_max: u64,
     /// What one layer may cost.
     pub budget: BudgetSettings,
 }
@@ -174,6 +177,7 @@ impl Default for ImportSettings {
             builders: 0,
             deadline: Duration::from_secs(3600),
             scratch: "/var/tmp".into(),
+            packed_max: 16 << 30,
             budget: BudgetSettings::default(),
         }
     }
@@ -288,6 +292,7 @@ mod tests {
             ("[limits]\nrequests = 4", "limits.requests_per_peer: is 64"),
             ("[import]\nimages = 0", "import.images"),
             ("[import]\ndeadline = \"10\"", "duration"),
+            ("[import]\npacked_max = \"16GB\"", "size"),
             ("[import.budget]\nentries = 3000000", "import.budget.entries in line 2: nodes take at most 2000000"),
             ("[import.budget]\nratio = 0", "import.budget.ratio in line 2: is 0"),
             ("[import.budget]\ntar_size = 5", "size"),

@@ -28,6 +28,31 @@ pub enum Compression {
     Plain,
     /// One or more gzip members.
     Gzip,
+    /// One or more zstd frames.
+    Zstd,
+}
+
+impl Compression {
+    /// As the header of a TOC has it.
+    #[must_use]
+    pub const fn code(self) -> u32 {
+        match self {
+            Self::Plain => 0,
+            Self::Gzip => 1,
+            Self::Zstd => 2,
+        }
+    }
+
+    /// The one with this [`code`](Self::code).
+    #[must_use]
+    pub const fn from_code(code: u32) -> Option<Self> {
+        match code {
+            0 => Some(Self::Plain),
+            1 => Some(Self::Gzip),
+            2 => Some(Self::Zstd),
+            _ => None,
+        }
+    }
 }
 
 /// Limits of what one layer may cost. A layer beyond them is [`BuildError::Ineligible`], not wrong.
@@ -39,7 +64,7 @@ pub struct Budget {
     pub max_tar_size: u64,
     /// Bytes of one regular file, holes included. Default 64 GiB.
     pub max_file_size: u64,
-    /// Bytes of tar for each byte of blob, not counting the first 64 MiB of tar. Default 200 (deflate can reach 1032).
+    /// Bytes of tar for each byte of blob, not counting the first 64 MiB of tar. Default 200 (deflate can reach 1032, zstd more).
     pub max_ratio: u64,
     /// Bytes of the TOC, and also of each of its parts while it is built. Default 256 MiB.
     pub max_toc_bytes: u64,
@@ -79,13 +104,26 @@ pub struct BuildOptions {
     pub compression: Compression,
     /// What the layer may cost.
     pub budget: Budget,
+    /// What to do with a layer that has closed spans.
+    pub closed_spans: ClosedSpans,
+}
+
+/// What becomes of a layer with a span of more than [`MAX_SPAN`](crate::format::MAX_SPAN) bytes of output, which nobody can
+/// enter for a small read.
+#[derive(Debug, Clone, Copy, PartialEq, Eq, Default)]
+pub enum ClosedSpans {
+    /// It gets its TOC like any other.
+    #[default]
+    Keep,
+    /// It is [`Ineligible::SpanTooLong`], as soon as that is known.
+    Decline,
 }
 
 impl BuildOptions {
-    /// Options with the default budget.
+    /// Options with the default budget, for any layer.
     #[must_use]
     pub fn new(compression: Compression) -> Self {
-        Self { compression, budget: Budget::default() }
+        Self { compression, budget: Budget::default(), closed_spans: ClosedSpans::default() }
     }
 }
 
@@ -138,7 +176,7 @@ pub struct Built {
 pub fn build(blob: impl Read, options: &BuildOptions, sink: &mut dyn BuildSink) -> Result<Built, BuildError> {
     let budget = &options.budget;
     let shared = Shared::new(sink);
-    let stream = TarStream::new(blob, options.compression, budget, &shared)?;
+    let stream = TarStream::new(blob, options, &shared)?;
     let limits =
         TarLimits { max_pax_bytes: budget.max_pax_bytes, max_name: budget.max_name, max_extents: budget.max_extents };
     let mut tar = TarReader::new(stream, limits);

@@ -13,10 +13,22 @@ pub const CHUNK_SIZE: u64 = 32 * 1024;
 pub const DATA_ALIGN: u64 = 4096;
 /// A checkpoint is made at the first block boundary after this many bytes of output.
 pub const SPAN_SIZE: u64 = 1024 * 1024;
-/// A span may not be longer than this many bytes of output.
+/// A span with more bytes of output than this is closed: nobody enters it. Its content is read elsewhere or with the whole
+/// blob.
 pub const MAX_SPAN: u64 = 16 * 1024 * 1024;
+/// A zstd frame may not ask for more history than this many bytes: as much as `zstd` itself decompresses without being told
+/// to. containerd takes four times as much.
+pub const MAX_FRAME_WINDOW: u64 = 128 * 1024 * 1024;
 /// Bytes of a chunk or window digest (BLAKE3, truncated).
 pub const SHORT_DIGEST: usize = 16;
+/// [`SpanRecord::start`]: raw deflate follows, a window is needed.
+pub const START_DEFLATE: u8 = 0;
+/// [`SpanRecord::start`]: the header of a gzip member follows.
+pub const START_MEMBER: u8 = 1;
+/// [`SpanRecord::start`]: plain bytes follow.
+pub const START_PLAIN: u8 = 2;
+/// [`SpanRecord::start`]: a zstd frame follows.
+pub const START_FRAME: u8 = 3;
 /// "None" in every index field.
 pub const NONE: u32 = u32::MAX;
 
@@ -57,7 +69,7 @@ pub struct Header {
     pub magic: [u8; 8],
     /// [`VERSION`].
     pub version: U32,
-    /// [`Compression`](crate::build::Compression) of the blob: 0 plain tar, 1 gzip.
+    /// [`Compression`](crate::build::Compression) of the blob: 0 plain tar, 1 gzip, 2 zstd.
     pub compression: U32,
     /// SHA-256 of the blob.
     pub blob_digest: [u8; 32],
@@ -204,7 +216,7 @@ pub struct SpanRecord {
     pub tar_off: U64,
     /// Bits (0 to 7) of the byte at `blob_off` that belong to this span.
     pub bits: u8,
-    /// 0: raw deflate follows, a window is needed; 1: a gzip member header follows, no window; 2: plain bytes.
+    /// [`START_DEFLATE`], [`START_MEMBER`], [`START_PLAIN`] or [`START_FRAME`]; only the first needs a window.
     pub start: u8,
     /// Zero.
     pub reserved: U16,

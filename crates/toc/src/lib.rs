@@ -2,6 +2,7 @@
 
 pub mod build;
 pub mod format;
+mod frames;
 pub mod pack;
 pub mod range;
 pub mod read;
@@ -9,8 +10,11 @@ mod skeleton;
 pub mod span;
 pub mod tar;
 
-pub use build::{Bound, Budget, BuildError, BuildOptions, BuildSink, Built, Compression, Ineligible, build};
+pub use build::{
+    Bound, Budget, BuildError, BuildOptions, BuildSink, Built, ClosedSpans, Compression, Ineligible, build,
+};
 pub use format::{CHUNK_SIZE, DATA_ALIGN, FormatError};
+pub use frames::FrameError;
 pub use pack::{pack, unpack};
 pub use range::{BlobRange, DataRange, FileRange, TarRange};
 pub use read::{Chunk, Span, Toc};

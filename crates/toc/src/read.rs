@@ -14,6 +14,7 @@ use std::ops::Range;
 use millstream_oci::{DiffId, Digest};
 use zerocopy::{FromBytes, Immutable, KnownLayout};
 
+use crate::build::Compression;
 use crate::format::{
     ContentIx, ContentRecord, DirentRecord, ExtentRecord, FLAG_IMPLIED, FLAG_LATE, FLAG_OPAQUE, FormatError, Header,
     InodeIx, InodeRecord, Kind, MAGIC, NONE, SHORT_DIGEST, SpanRecord, VERSION, XattrRecord, XattrSetRecord,
@@ -95,7 +96,7 @@ impl Toc {
         if header.version.get() != VERSION {
             return Err(FormatError::Version { found: header.version.get() });
         }
-        if header.compression.get() > 1 {
+        if Compression::from_code(header.compression.get()).is_none() {
             return Err(damaged("unknown compression"));
         }
         if header.reserved.get() != 0 {
@@ -165,6 +166,15 @@ impl Toc {
     #[must_use]
     pub const fn header(&self) -> &Header {
         &self.header
+    }
+
+    /// How the blob is compressed.
+    ///
+    /// # Errors
+    ///
+    /// When the code is unknown, which [`Toc::open`] has refused.
+    pub fn compression(&self) -> Result<Compression, FormatError> {
+        Compression::from_code(self.header.compression.get()).ok_or(damaged("unknown compression"))
     }
 
     /// Digest of the layer's blob.

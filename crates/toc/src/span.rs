@@ -3,6 +3,7 @@
 use millstream_inflate::{InflateError, Inflater, Stop};
 
 use crate::format::{CHUNK_SIZE, ContentIx, ContentRecord, ExtentRecord, FormatError, NONE, SHORT_DIGEST, SpanIx};
+use crate::frames::{FrameError, Frames};
 use crate::range::{DataRange, FileRange};
 use crate::read::{Chunk, SpanStart, Toc};
 
@@ -27,6 +28,12 @@ pub enum SpanError {
         /// Length that was given.
         found: usize,
     },
+    /// The span is closed.
+    #[error("span {span} is too long to be entered")]
+    Closed {
+        /// The span.
+        span: SpanIx,
+    },
     /// The bytes cannot be decompressed: they are not those of the blob, or the window is not that of the span.
     #[error("cannot decompress at byte {tar_off} of the tar")]
     Inflate {
@@ -35,6 +42,15 @@ pub enum SpanError {
         /// What the decompressor says.
         #[source]
         error: InflateError,
+    },
+    /// The bytes are not zstd frames of the blob.
+    #[error("cannot decompress at byte {tar_off} of the tar")]
+    Frame {
+        /// Output reached.
+        tar_off: u64,
+        /// What is wrong with them.
+        #[source]
+        error: FrameError,
     },
     /// There is more output than the TOC says.
     #[error("more than {tar_size} bytes of tar")]
@@ -82,11 +98,13 @@ enum State {
         inflater: Inflater,
         left: u64,
     },
+    Frames(Box<Frames>),
     Failed,
 }
 
 /// Turns the compressed bytes of consecutive spans into chunks, each verified before it is given out. Holds one chunk, 64
-/// KiB of output and the decompressor (45 KiB), however much passes through.
+/// KiB of output and the decompressor, however much passes through: 45 KiB for gzip; for zstd the history that a frame asks
+/// for, touched as far as there is output.
 pub struct SpanExtractor<'t> {
     toc: &'t Toc,
     state: State,
@@ -105,16 +123,22 @@ impl<'t> SpanExtractor<'t> {
     /// [`Toc::verify_window`].
     ///
     /// # Errors
-    /// [`SpanError::Window`] for a wrong length, [`SpanError::Toc`] when there is no such span.
+    /// [`SpanError::Window`] for a wrong length, [`SpanError::Closed`], [`SpanError::Toc`] when there is no such span.
     pub fn new(toc: &'t Toc, first: SpanIx, window: &[u8]) -> Result<Self, SpanError> {
         let span = toc.span(first)?;
         if window.len() != span.window_len as usize {
             return Err(SpanError::Window { span: first, expected: span.window_len, found: window.len() });
         }
+        if span.is_closed() {
+            return Err(SpanError::Closed { span: first });
+        }
         let inflate = |error| SpanError::Inflate { tar_off: span.tar.start, error };
         let state = match span.start {
             SpanStart::Plain => State::Plain,
             SpanStart::Member => State::Deflate { inflater: Inflater::gzip().map_err(inflate)?, resumed: false },
+            SpanStart::Frame => State::Frames(Box::new(
+                Frames::new().map_err(|error| SpanError::Frame { tar_off: span.tar.start, error })?,
+            )),
             SpanStart::Deflate => State::Resume { bits: span.bits, window: window.to_vec() },
         };
         Ok(Self {
@@ -177,6 +201,15 @@ impl<'t> SpanExtractor<'t> {
             State::Plain => {
                 self.chunks.push(std::mem::take(rest), each)?;
                 Ok(Advance::NeedsInput(State::Plain))
+            }
+            State::Frames(mut frames) => {
+                let stepped = frames.step(rest, &mut self.output);
+                let progress = stepped.map_err(|error| SpanError::Frame { tar_off: self.position(), error })?;
+                *rest = &rest[progress.consumed..];
+                self.chunks.push(&self.output[..progress.produced], each)?;
+                let idle = progress.consumed == 0 && progress.produced == 0;
+                let state = State::Frames(frames);
+                Ok(if idle { Advance::NeedsInput(state) } else { Advance::More(state) })
             }
             State::Resume { bits, window } => {
                 let first = match (bits, rest.split_first()) {

@@ -6,11 +6,11 @@ mod archive;
 use std::collections::BTreeMap;
 use std::io::{self, Read, Write};
 
-use archive::{Entry, archive as tar_of, dir, file, gzip, noise, sparse};
+use archive::{Entry, archive as tar_of, dir, file, frame, gzip, noise, skippable, sparse};
 use flate2::write::GzEncoder;
 use millstream_toc::{
-    BuildError, BuildOptions, BuildSink, Chunk, Compression, DataRange, Ineligible, SpanError, SpanExtractor, Toc,
-    build, pack, unpack,
+    BuildError, BuildOptions, BuildSink, Chunk, ClosedSpans, Compression, DataRange, Ineligible, SpanError,
+    SpanExtractor, Toc, build, pack, unpack,
 };
 use proptest::prelude::*;
 
@@ -145,6 +145,39 @@ fn many_members() {
 }
 
 #[test]
+fn zstd_frames_of_every_size() {
+    let tar = tar_of(&files());
+    for (size, level) in [(1, 1), (10_000, 3), (300_000, 1), (1 << 20, 3), (1_500_000, 19), (usize::MAX, 1)] {
+        // Tiny frames are many: a part of the tar is enough, the rest is one frame.
+        let (small, rest) = tar.split_at(if size == 1 { 3000 } else { tar.len() });
+        let mut blob = frame(b"", 3);
+        for piece in small.chunks(size) {
+            blob.extend(frame(piece, level));
+        }
+        blob.extend(skippable(b""));
+        blob.extend(frame(rest, 1));
+        let (toc, keep) = built(&blob[..], Compression::Zstd);
+        assert_eq!(toc.diff_id().0, millstream_oci::Digest::of(&tar));
+        assert_eq!(toc.span_count() > 1, (10_000..2_000_000).contains(&size), "{size}");
+        check_spans(&toc, &keep, &blob, if level == 1 { 5_000 } else { 100_000 });
+    }
+}
+
+#[test]
+fn a_span_of_frames_starts_where_the_last_one_ended_also_before_one_to_be_skipped() {
+    let part = noise(1 << 20, 1);
+    let tar = tar_of(&[file("a", &part), file("b", &part)]);
+    let (first, rest) = tar.split_at(1 << 20);
+    let head = frame(first, 3);
+    let blob = [head.as_slice(), &skippable(b"what pzstd writes"), &frame(rest, 3), &skippable(&[1; 2000])].concat();
+    let (toc, keep) = built(&blob[..], Compression::Zstd);
+    assert_eq!(toc.span_count(), 2);
+    assert_eq!(toc.span(1).unwrap().blob.start, head.len() as u64);
+    assert_eq!(toc.span(1).unwrap().blob.end, blob.len() as u64);
+    check_spans(&toc, &keep, &blob, 1000);
+}
+
+#[test]
 fn flushed_blocks() {
     // As pgzip and others write it: many sync flushes in one member, some blocks empty.
     let mut encoder = GzEncoder::new(Vec::new(), flate2::Compression::new(1));
@@ -184,6 +217,10 @@ fn result_does_not_depend_on_reads() {
         (gzip(&tar, 6), Compression::Gzip),
         (encoder.finish().unwrap(), Compression::Gzip),
         (tar.clone(), Compression::Plain),
+        (
+            tar.chunks(1 << 18).flat_map(|piece| [frame(piece, 3), skippable(piece)].concat()).collect(),
+            Compression::Zstd,
+        ),
     ] {
         let (whole, kept) = built(&blob[..], compression);
         for seed in [0, 1, 5_000] {
@@ -196,10 +233,12 @@ fn result_does_not_depend_on_reads() {
 
 #[test]
 fn truncated_blobs_are_refused() {
-    let blob = gzip(&tar_of(&[file("a", &noise(50_000, 1))]), 6);
-    for end in (1..blob.len()).step_by(97).chain(blob.len() - 9..blob.len()) {
-        let result = build(&blob[..end], &BuildOptions::new(Compression::Gzip), &mut ());
-        assert!(result.is_err(), "{end} of {}", blob.len());
+    let tar = tar_of(&[file("a", &noise(50_000, 1))]);
+    for (blob, compression) in [(gzip(&tar, 6), Compression::Gzip), (frame(&tar, 3), Compression::Zstd)] {
+        for end in (1..blob.len()).step_by(97).chain(blob.len() - 9..blob.len()) {
+            let result = build(&blob[..end], &BuildOptions::new(compression), &mut ());
+            assert!(result.is_err(), "{end} of {}", blob.len());
+        }
     }
 }
 
@@ -239,23 +278,52 @@ fn one_block(zeros: usize) -> Vec<u8> {
     blob
 }
 
+/// Options that decline what cannot be entered.
+fn open_spans(compression: Compression) -> BuildOptions {
+    BuildOptions { closed_spans: ClosedSpans::Decline, ..BuildOptions::new(compression) }
+}
+
+#[test]
+fn long_stretches_are_closed_spans_or_declined() {
+    let tar = tar_of(&[
+        file("before", &noise(1_500_000, 1)),
+        file("long", &noise(17 << 20, 2)),
+        file("after", &noise(3_000_000, 3)),
+    ]);
+    // "before" alone, "long" with a little of both neighbours in one go, the rest in pieces.
+    let (first, rest) = tar.split_at(1_200_000);
+    let (long, last) = rest.split_at(18 << 20);
+    let blob: Vec<u8> = [first, long].into_iter().chain(last.chunks(500_000)).flat_map(|part| frame(part, 1)).collect();
+    let (toc, keep) = built(&blob[..], Compression::Zstd);
+    assert!(toc.has_closed_spans().unwrap());
+    let closed: Vec<_> = (0..toc.span_count()).filter(|ix| toc.span(*ix).unwrap().is_closed()).collect();
+    assert_eq!(closed, [1]);
+    assert_eq!(SpanExtractor::new(&toc, 1, &[]).unwrap_err(), SpanError::Closed { span: 1 });
+    for (data, bytes) in keep.chunks.values() {
+        let spans = toc.spans_for(*data).unwrap();
+        assert_eq!(toc.is_closed(*data).unwrap(), spans.contains(&1), "{spans:?}");
+        assert!(!bytes.is_empty());
+    }
+    let open = (2..toc.span_count()).map(|ix| extract(&toc, &keep, &blob, ix, ix, 10_000).unwrap().len());
+    assert!(open.sum::<usize>() > 20);
+    let reason = Ineligible::SpanTooLong { end: "zstd frame", start: 1_200_000, limit: 16 << 20 };
+    let declined = build(&blob[..], &open_spans(Compression::Zstd), &mut ());
+    assert!(matches!(declined, Err(BuildError::Ineligible { reason: found }) if found == reason));
+}
+
 #[test]
 fn long_block_makes_a_layer_ineligible() {
-    let result =
-        |mebibytes: usize| build(&one_block(mebibytes << 20)[..], &BuildOptions::new(Compression::Gzip), &mut ());
-    let reason = Ineligible::SpanTooLong { start: 0, limit: 16 << 20 };
+    let result = |mebibytes: usize| build(&one_block(mebibytes << 20)[..], &open_spans(Compression::Gzip), &mut ());
+    let reason = Ineligible::SpanTooLong { end: "deflate block", start: 0, limit: 16 << 20 };
     assert!(matches!(result(17), Err(BuildError::Ineligible { reason: found }) if found == reason));
     // Short enough, so that only the missing end is wrong with it.
     assert!(matches!(result(15), Err(BuildError::Invalid { what }) if what.contains("ends in the middle")));
 }
 
-#[test]
-fn wrong_bytes_never_become_chunks() {
-    let tar = tar_of(&files());
-    let blob = gzip(&tar, 6);
-    let (toc, keep) = built(&blob[..], Compression::Gzip);
+fn no_damage_becomes_a_chunk(blob: &[u8], compression: Compression) {
+    let (toc, keep) = built(blob, compression);
     for seed in 0..60u64 {
-        let mut bad = blob.clone();
+        let mut bad = blob.to_vec();
         let at = (seed.wrapping_mul(0x9e37_79b9_7f4a_7c15) >> 8) as usize % (bad.len() * 8);
         bad[at / 8] ^= 1 << (at % 8);
         let mut extractor = SpanExtractor::new(&toc, 0, &[]).unwrap();
@@ -264,11 +332,67 @@ fn wrong_bytes_never_become_chunks() {
         if result.is_err() {
             assert_eq!(extractor.push(b"x", &mut |_, _| {}), Err(SpanError::Failed));
         }
-        let _ = build(&bad[..], &BuildOptions::new(Compression::Gzip), &mut ());
+        let _ = build(&bad[..], &BuildOptions::new(compression), &mut ());
     }
+}
+
+#[test]
+fn wrong_bytes_never_become_chunks() {
+    let tar = tar_of(&files());
+    no_damage_becomes_a_chunk(
+        &tar.chunks(400_000).flat_map(|piece| frame(piece, 1)).collect::<Vec<_>>(),
+        Compression::Zstd,
+    );
+    let blob = gzip(&tar, 6);
+    no_damage_becomes_a_chunk(&blob, Compression::Gzip);
+    let (toc, keep) = built(&blob[..], Compression::Gzip);
     let wrong_window = vec![0; keep.windows[1].len()];
     assert!(!toc.verify_window(1, &wrong_window));
     assert!(matches!(SpanExtractor::new(&toc, 1, b"short"), Err(SpanError::Window { .. })));
+}
+
+#[test]
+fn zstd_blobs_that_are_declined_and_those_that_are_wrong() {
+    let tar = tar_of(&[file("a", &noise(50_000, 1))]);
+    let good = frame(&tar, 3);
+    let size = good.len() as u64;
+    let after = |bytes: &[u8]| [good.as_slice(), bytes].concat();
+    let result = |blob: &[u8]| archive::build_zstd(blob).map(drop);
+    // containerd's decompressor goes on to the end of the blob and fails there.
+    for trailing in [&b"x"[..], b"\x28\xb5", &[0; 512], &gzip(b"more", 6)] {
+        let reason = Ineligible::TrailingBytes { unit: "zstd frame", offset: size };
+        assert!(matches!(result(&after(trailing)), Err(BuildError::Ineligible { reason: found }) if found == reason));
+    }
+    assert!(result(&after(&skippable(b"x"))).is_ok());
+    for other in [&tar[..], &gzip(&tar, 6), b"\x28"] {
+        let reason = Ineligible::NotCompressed { compression: "zstd" };
+        assert!(matches!(result(other), Err(BuildError::Ineligible { reason: found }) if found == reason));
+    }
+    let header = |rest: &[u8]| after(&[b"\x28\xb5\x2f\xfd", rest, &[1, 0, 0]].concat());
+    for (rest, text) in [(&[1, 0, 9][..], "dictionary 9"), (&[0, 0x90], "window of 268435456 bytes")] {
+        let declined = result(&header(rest)).unwrap_err();
+        assert!(matches!(declined, BuildError::Ineligible { .. }) && declined.to_string().contains(text), "{declined}");
+    }
+    let mut checksum = good.clone();
+    *checksum.last_mut().unwrap() ^= 0x80;
+    for wrong in [&checksum[..], &after(&good[..30]), &after(&skippable(&[0; 30])[..20]), &after(&good[..5])] {
+        assert!(matches!(result(wrong), Err(BuildError::Invalid { .. })));
+    }
+}
+
+#[test]
+fn a_small_frame_of_many_zeros_is_stopped_by_the_budget() {
+    // 64 MiB of zeros are free of the ratio; these are 1 GiB in about 100 KiB.
+    let mut encoder = zstd::stream::write::Encoder::new(Vec::new(), 1).unwrap();
+    for _ in 0..1024 {
+        encoder.write_all(&[0; 1 << 20]).unwrap();
+        encoder.flush().unwrap();
+    }
+    let bomb = encoder.finish().unwrap();
+    assert!(bomb.len() < 200_000, "{}", bomb.len());
+    let start = [tar_of(&[]), vec![]].concat();
+    let blob = [frame(&start, 1), bomb].concat();
+    assert!(matches!(archive::build_zstd(&blob), Err(BuildError::Ineligible { .. })));
 }
 
 #[test]
@@ -336,6 +460,31 @@ proptest! {
             }
             prop_assert_eq!(inode.mtime(), (entry.mtime as i64, 0));
         }
+    }
+
+    #[test]
+    fn random_frames_come_back(
+        entries in entries(),
+        cuts in proptest::collection::vec((1usize..400_000, 1i32..6, any::<bool>()), 1..12),
+        piece in 1usize..100_000,
+    ) {
+        let tar = tar_of(&entries);
+        let (mut blob, mut rest) = (Vec::new(), &tar[..]);
+        for (size, level, skip) in cuts {
+            let (part, after) = rest.split_at(size.min(rest.len()));
+            blob.extend(frame(part, level));
+            if skip {
+                blob.extend(skippable(&part[..size.min(part.len()) / 100]));
+            }
+            rest = after;
+        }
+        blob.extend(frame(rest, 1));
+        let (toc, keep) = built(&blob[..], Compression::Zstd);
+        prop_assert_eq!(toc.diff_id().0, millstream_oci::Digest::of(&tar));
+        check_spans(&toc, &keep, &blob, piece);
+        // The same files as without compression.
+        let (_, plain) = built(&tar[..], Compression::Plain);
+        prop_assert!(plain.chunks == keep.chunks);
     }
 
     #[test]

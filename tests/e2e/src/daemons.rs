@@ -270,6 +270,10 @@ pub struct ServerOptions {
     pub certs_d: PathBuf,
     /// Whether an image that a node asks for is imported without being told to.
     pub import_on_demand: bool,
+    /// Most files of a layer, where the default would take a test too long to exceed.
+    pub max_entries: Option<u64>,
+    /// Whether the content of layers that cannot be entered is kept.
+    pub packed_content: bool,
 }
 
 /// A running `millstream-server`.
@@ -387,6 +391,12 @@ fn server_settings(dir: &Path, options: &ServerOptions) -> Result<String> {
     }
     writeln!(text, "\n[registry]\nhosts_dir = {:?}", options.certs_d)?;
     writeln!(text, "\n[import]\non_demand = {}\nscratch = {scratch:?}", options.import_on_demand)?;
+    if !options.packed_content {
+        text.push_str("packed_max = \"0B\"\n");
+    }
+    if let Some(entries) = options.max_entries {
+        writeln!(text, "\n[import.budget]\nentries = {entries}")?;
+    }
     text.push_str("\n[log]\nlevel = \"debug,h2=info,hyper=info,tonic=info,tower=info\"\n");
     Ok(text)
 }

@@ -39,8 +39,10 @@ impl MediaTypes {
 
     fn layer(self, packing: Packing) -> &'static str {
         match (self, packing) {
-            (Self::Oci, Packing::Zstd) => "application/vnd.oci.image.layer.v1.tar+zstd",
-            (Self::Docker, Packing::Zstd) => "application/vnd.docker.image.rootfs.diff.tar.zstd",
+            (Self::Oci, Packing::Zstd | Packing::ZstdFrames(_)) => "application/vnd.oci.image.layer.v1.tar+zstd",
+            (Self::Docker, Packing::Zstd | Packing::ZstdFrames(_)) => {
+                "application/vnd.docker.image.rootfs.diff.tar.zstd"
+            }
             (Self::Oci, Packing::Plain) => "application/vnd.oci.image.layer.v1.tar",
             (Self::Oci, _) => "application/vnd.oci.image.layer.v1.tar+gzip",
             (Self::Docker, Packing::Plain) => "application/vnd.docker.image.rootfs.diff.tar",
@@ -295,6 +297,11 @@ fn write_blob(blobs: &Path, entries: &[Entry], packing: Packing) -> Result<Layer
     let info = write_layer(entries, packing, BufWriter::new(file.as_file()))?;
     file.persist(blobs.join(&info.digest)).context("naming a blob")?;
     Ok(info)
+}
+
+/// `sha256:` and the digest of these bytes.
+pub fn sha256(bytes: &[u8]) -> String {
+    format!("sha256:{}", hex::encode(Sha256::digest(bytes)))
 }
 
 fn write_bytes(blobs: &Path, blob: &Blob) -> Result<LayerInfo> {

@@ -448,7 +448,9 @@ mod tests {
     fn members_and_one_stream_hold_the_same_tar() {
         let entries = [Entry::directory("d"), Entry::file("d/f", vec![7; 5000]).mtime(1, 5).xattr("user.a", "b")];
         let mut blobs = Vec::new();
-        for packing in [Packing::Plain, Packing::Gzip, Packing::GzipMembers(1000), Packing::Zstd] {
+        for packing in
+            [Packing::Plain, Packing::Gzip, Packing::GzipMembers(1000), Packing::Zstd, Packing::ZstdFrames(1000)]
+        {
             let mut blob = Vec::new();
             let info = write_layer(&entries, packing, &mut blob).unwrap();
             assert_eq!(info.size, blob.len() as u64);

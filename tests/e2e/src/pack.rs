@@ -21,8 +21,10 @@ pub enum Packing {
     GzipFast,
     /// A new gzip member after so many bytes of tar.
     GzipMembers(u64),
-    /// One zstd frame.
+    /// One zstd frame, as docker and BuildKit write it.
     Zstd,
+    /// A new zstd frame after so many bytes of tar, and before each of them one to be skipped.
+    ZstdFrames(u64),
 }
 
 /// Passes bytes on and remembers their digest and number.
@@ -65,14 +67,23 @@ pub(crate) enum Packer<W: Write> {
         member: u64,
         left: u64,
     },
-    Zstd(Box<ZstdEncoder<'static, W>>),
+    /// The encoder is absent only while one frame gives way to the next.
+    Zstd {
+        encoder: Option<Box<ZstdEncoder<'static, W>>>,
+        frame: u64,
+        left: u64,
+    },
 }
 
 impl<W: Write> Packer<W> {
     pub(crate) fn new(packing: Packing, out: W) -> Result<Self> {
         let member = match packing {
             Packing::Plain => return Ok(Self::Plain(out)),
-            Packing::Zstd => return Ok(Self::Zstd(Box::new(ZstdEncoder::new(out, 0)?))),
+            Packing::Zstd => return Ok(Self::Zstd { encoder: Some(zstd(out)?), frame: u64::MAX, left: u64::MAX }),
+            Packing::ZstdFrames(size) => {
+                let frame = size.max(1);
+                return Ok(Self::Zstd { encoder: Some(zstd(skippable(out)?)?), frame, left: frame });
+            }
             Packing::Gzip | Packing::GzipFast => u64::MAX,
             Packing::GzipMembers(size) => size.max(1),
         };
@@ -85,7 +96,7 @@ impl<W: Write> Packer<W> {
         match self {
             Self::Plain(out) => Ok(out),
             Self::Gzip { encoder, .. } => Ok(encoder.context("the encoder failed before")?.finish()?),
-            Self::Zstd(encoder) => Ok(encoder.finish()?),
+            Self::Zstd { encoder, .. } => Ok(encoder.context("the encoder failed before")?.finish()?),
         }
     }
 }
@@ -94,7 +105,17 @@ impl<W: Write> Write for Packer<W> {
     fn write(&mut self, bytes: &[u8]) -> io::Result<usize> {
         match self {
             Self::Plain(out) => out.write(bytes),
-            Self::Zstd(encoder) => encoder.write(bytes),
+            Self::Zstd { encoder, frame, left } => {
+                if *left == 0 {
+                    let out = encoder.take().ok_or(io::ErrorKind::BrokenPipe)?.finish()?;
+                    *encoder = Some(zstd(skippable(out)?)?);
+                    *left = *frame;
+                }
+                let take = bytes.len().min(usize::try_from(*left).unwrap_or(usize::MAX));
+                let written = encoder.as_mut().ok_or(io::ErrorKind::BrokenPipe)?.write(&bytes[..take])?;
+                *left -= written as u64;
+                Ok(written)
+            }
             Self::Gzip { encoder, member, left } => {
                 if *left == 0 {
                     let out = encoder.take().ok_or(io::ErrorKind::BrokenPipe)?.finish()?;
@@ -112,8 +133,20 @@ impl<W: Write> Write for Packer<W> {
     fn flush(&mut self) -> io::Result<()> {
         match self {
             Self::Plain(out) => out.flush(),
-            Self::Zstd(encoder) => encoder.flush(),
+            Self::Zstd { encoder, .. } => encoder.as_mut().map_or(Ok(()), Write::flush),
             Self::Gzip { encoder, .. } => encoder.as_mut().map_or(Ok(()), Write::flush),
         }
     }
+}
+
+fn zstd<W: Write>(out: W) -> io::Result<Box<ZstdEncoder<'static, W>>> {
+    let mut encoder = ZstdEncoder::new(out, 0)?;
+    encoder.include_checksum(true)?;
+    Ok(Box::new(encoder))
+}
+
+/// Writes a frame to be skipped, of 12 bytes as those of pzstd are.
+fn skippable<W: Write>(mut out: W) -> io::Result<W> {
+    out.write_all(&[0x50, 0x2a, 0x4d, 0x18, 4, 0, 0, 0, 1, 2, 3, 4])?;
+    Ok(out)
 }

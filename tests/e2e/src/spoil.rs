@@ -3,6 +3,7 @@
 //! It speaks as much HTTP/1.1 as registries need: requests without a body, one on each connection. It runs in threads of
 //! the test itself.
 
+use std::collections::HashMap;
 use std::io::{BufRead as _, BufReader, Read as _, Write as _};
 use std::net::{SocketAddr, TcpListener, TcpStream};
 use std::sync::atomic::{AtomicBool, Ordering};
@@ -11,6 +12,7 @@ use std::thread::JoinHandle;
 use std::time::Duration;
 
 use anyhow::{Context as _, Result};
+use sha2::{Digest as _, Sha256};
 
 use crate::registry::free_address;
 
@@ -35,11 +37,15 @@ pub enum Spoiling {
     Slow(u32),
 }
 
+/// Answers by path that the proxy gives itself: type and body.
+type Documents = HashMap<String, (String, Vec<u8>)>;
+
 /// A running proxy; it ends when it is dropped.
 #[derive(Debug)]
 pub struct Spoiler {
     address: SocketAddr,
     spoiling: Arc<Mutex<Spoiling>>,
+    documents: Arc<Mutex<Documents>>,
     ended: Arc<AtomicBool>,
     thread: Option<JoinHandle<()>>,
 }
@@ -54,11 +60,24 @@ impl Spoiler {
         let address = free_address()?;
         let listener = TcpListener::bind(address).with_context(|| format!("listening on {address}"))?;
         let (spoiling, ended) = (Arc::new(Mutex::default()), Arc::new(AtomicBool::new(false)));
+        let documents = Arc::new(Mutex::default());
         let thread = std::thread::spawn({
-            let (spoiling, ended) = (Arc::clone(&spoiling), Arc::clone(&ended));
-            move || serve(&listener, target, &spoiling, &ended)
+            let (spoiling, documents, ended) = (Arc::clone(&spoiling), Arc::clone(&documents), Arc::clone(&ended));
+            move || serve(&listener, target, &spoiling, &documents, &ended)
         });
-        Ok(Self { address, spoiling, ended, thread: Some(thread) })
+        Ok(Self { address, spoiling, documents, ended, thread: Some(thread) })
+    }
+
+    /// From now on answers for `document` of `repository`, by this tag and by its digest, whatever the registry would say; no
+    /// registry would take in what tests need. Returns the digest.
+    pub fn publish(&self, repository: &str, tag: &str, content_type: &str, document: &[u8]) -> String {
+        let digest = format!("sha256:{}", hex::encode(Sha256::digest(document)));
+        let mut documents = self.documents.lock().unwrap_or_else(PoisonError::into_inner);
+        for reference in [tag, &digest] {
+            let path = format!("/v2/{repository}/manifests/{reference}");
+            documents.insert(path, (content_type.to_owned(), document.to_vec()));
+        }
+        digest
     }
 
     /// What clients call instead of the registry.
@@ -83,25 +102,51 @@ impl Drop for Spoiler {
     }
 }
 
-fn serve(listener: &TcpListener, target: SocketAddr, spoiling: &Mutex<Spoiling>, ended: &Arc<AtomicBool>) {
+fn serve(
+    listener: &TcpListener,
+    target: SocketAddr,
+    spoiling: &Mutex<Spoiling>,
+    documents: &Arc<Mutex<Documents>>,
+    ended: &Arc<AtomicBool>,
+) {
     for client in listener.incoming().flatten() {
         if ended.load(Ordering::Relaxed) {
             return;
         }
         let spoiling = *spoiling.lock().unwrap_or_else(PoisonError::into_inner);
-        let ended = Arc::clone(ended);
+        let (documents, ended) = (Arc::clone(documents), Arc::clone(ended));
         // A connection that breaks is what its two ends must cope with.
-        std::thread::spawn(move || carry(client, target, spoiling, &ended).ok());
+        std::thread::spawn(move || carry(client, target, spoiling, &documents, &ended).ok());
     }
 }
 
-fn carry(mut client: TcpStream, target: SocketAddr, spoiling: Spoiling, ended: &AtomicBool) -> Result<()> {
+fn carry(
+    mut client: TcpStream,
+    target: SocketAddr,
+    spoiling: Spoiling,
+    documents: &Mutex<Documents>,
+    ended: &AtomicBool,
+) -> Result<()> {
     let mut server = TcpStream::connect(target).with_context(|| format!("connecting to {target}"))?;
     for stream in [&client, &server] {
         stream.set_read_timeout(Some(PATIENCE))?;
         stream.set_write_timeout(Some(PATIENCE))?;
     }
     let request = head(&mut BufReader::new(client.try_clone()?))?;
+    let mut words = request.first().map(|line| line.split(' ')).into_iter().flatten();
+    let (method, path) = (words.next().unwrap_or_default(), words.next().unwrap_or_default());
+    let document = documents.lock().unwrap_or_else(PoisonError::into_inner).get(path).cloned();
+    if let Some((content_type, body)) = document {
+        let digest = hex::encode(Sha256::digest(&body));
+        let head = [
+            "HTTP/1.1 200 OK".to_owned(),
+            format!("Content-Type: {content_type}"),
+            format!("Content-Length: {}", body.len()),
+            format!("Docker-Content-Digest: sha256:{digest}"),
+        ];
+        send_head(&mut client, head.iter())?;
+        return Ok(if method == "HEAD" { () } else { client.write_all(&body)? });
+    }
     let blob = request.first().is_some_and(|line| line.contains("/blobs/sha256:"));
     let spoiling = if blob { spoiling } else { Spoiling::None };
     let asked = request.iter().filter(|line| spoiling != Spoiling::NoRange || !is_header(line, "range"));

@@ -10,6 +10,7 @@ use anyhow::{Context as _, Result, ensure};
 use millstream_wire::millstream::v1::LayerStatus;
 use millstream_wire::millstream::v1::decision::Outcome;
 use millstream_wire::millstream::v1::layer_status::State;
+use serde_json::Value;
 
 use crate::containerd::{Containerd, ContainerdOptions, Snapshotter, Version};
 use crate::cri::Cri;
@@ -78,7 +79,16 @@ impl Stage {
     ///
     /// If a program does not start.
     pub fn set() -> Result<Self> {
-        Self::raise(None, false)
+        Self::raise(None, false, true)
+    }
+
+    /// A server that keeps no packed content.
+    ///
+    /// # Errors
+    ///
+    /// If a program does not start.
+    pub fn without_packed_content() -> Result<Self> {
+        Self::raise(None, false, false)
     }
 
     /// A registry that wants a login.
@@ -87,7 +97,7 @@ impl Stage {
     ///
     /// If a program does not start.
     pub fn with_login(login: &Login) -> Result<Self> {
-        Self::raise(Some(login.clone()), false)
+        Self::raise(Some(login.clone()), false, true)
     }
 
     /// A registry behind a [`Spoiler`].
@@ -96,10 +106,10 @@ impl Stage {
     ///
     /// If a program does not start.
     pub fn with_spoiler() -> Result<Self> {
-        Self::raise(None, true)
+        Self::raise(None, true, true)
     }
 
-    fn raise(login: Option<Login>, spoiled: bool) -> Result<Self> {
+    fn raise(login: Option<Login>, spoiled: bool, packed_content: bool) -> Result<Self> {
         let work = Workdir::new()?;
         let options = RegistryOptions { login: login.clone(), ..RegistryOptions::loopback()? };
         let registry = Registry::start(&work, options)?;
@@ -113,8 +123,14 @@ impl Stage {
             let text = format!("server = {url:?}\n\n[host.{url:?}]\n  capabilities = [\"pull\", \"resolve\"]\n");
             std::fs::write(dir.join("hosts.toml"), text)?;
         }
-        let server_options =
-            ServerOptions { address: free_address()?, tls: None, certs_d: certs_d.clone(), import_on_demand: false };
+        let server_options = ServerOptions {
+            address: free_address()?,
+            tls: None,
+            certs_d: certs_d.clone(),
+            import_on_demand: false,
+            max_entries: None,
+            packed_content,
+        };
         let server = Some(Server::start(&work, &server_options, None)?);
         let layout = work.dir("layout")?;
         let registry = Some(registry);
@@ -184,6 +200,16 @@ impl Stage {
         let pushed =
             infos.into_iter().map(|info| Pushed { reference: format!("{host}/{name}@{}", info.manifest), info });
         Ok(pushed.collect())
+    }
+
+    /// The manifest of an image that [`Stage::push_many`] put into `repository`.
+    ///
+    /// # Errors
+    ///
+    /// If it cannot be read.
+    pub fn manifest(&self, repository: &str, image: &Pushed) -> Result<Value> {
+        let blobs = self.work.dir(&format!("layout-{repository}"))?.join("blobs/sha256");
+        Ok(serde_json::from_slice(&std::fs::read(blobs.join(image.info.manifest.trim_start_matches("sha256:")))?)?)
     }
 
     /// Puts an image that a layout has under `tag` into the registry, as `name:1`, and imports it.
@@ -330,13 +356,25 @@ impl Stage {
         Cri::connect(&self.work, &containerd.socket())
     }
 
-    /// The most memory that the server has had so far; see [`crate::process::peak_memory`].
+    /// The server.
     ///
     /// # Errors
     ///
     /// If it was stopped.
-    pub fn server_memory(&self) -> Result<u64> {
-        self.server.as_ref().context("the server is down")?.peak_memory()
+    pub fn server(&self) -> Result<&Server> {
+        self.server.as_ref().context("the server is down")
+    }
+
+    /// Starts the server anew, on the same state, with at most so many files in a layer.
+    ///
+    /// # Errors
+    ///
+    /// If it does not end or does not start.
+    pub fn limit_entries(&mut self, entries: u64) -> Result<()> {
+        self.stop_server()?;
+        self.server_options.max_entries = Some(entries);
+        self.server = Some(Server::start(&self.work, &self.server_options, None)?);
+        Ok(())
     }
 
     /// Stops the server.

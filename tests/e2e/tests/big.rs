@@ -29,7 +29,7 @@ fn with_hello(more: impl IntoIterator<Item = Vec<Entry>>) -> Image {
 fn assert_sound(image: &Image) {
     let mut stage = Stage::set().unwrap();
     let image = stage.publish("big", image).unwrap();
-    let server = stage.server_memory().unwrap();
+    let server = stage.server().unwrap().peak_memory().unwrap();
     let node = stage.node_on_demand().unwrap();
     let containerd = stage.containerd(Version::V1, &node, false).unwrap();
     lazy_by_cri_of(&mut stage, &node, &containerd, &image).unwrap();
@@ -94,7 +94,7 @@ fn an_image_of_five_gigabytes() {
 
     let started = Instant::now();
     stage.import(&image).unwrap();
-    let server = stage.server_memory().unwrap();
+    let server = stage.server().unwrap().peak_memory().unwrap();
     said("import", started);
 
     let node = stage.node_on_demand().unwrap();

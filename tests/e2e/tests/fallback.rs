@@ -95,12 +95,13 @@ fn an_image_with_a_bottom_layer_that_cannot_be_lazy_comes_the_ordinary_way() {
     if !can_be_set(&[]) {
         return;
     }
-    let mut stage = Stage::set().unwrap();
+    let mut stage = Stage::without_packed_content().unwrap();
     let data = vec![Entry::directory("data"), Entry::file("data/hello", "hello from the middle layer\n")];
-    let image = Image::new()
-        .layer(shell().unwrap(), Packing::Zstd)
-        .layer(data, Packing::Gzip)
-        .command(&["/bin/cat", "/data/hello"]);
+    let mut base = shell().unwrap();
+    // One frame of more than 16 MiB cannot be entered.
+    base.push(Entry::file("zeros", vec![0; 20 << 20]));
+    let image =
+        Image::new().layer(base, Packing::Zstd).layer(data, Packing::Gzip).command(&["/bin/cat", "/data/hello"]);
     let image = stage.publish("zstd", &image).unwrap();
     let node = stage.node_on_demand().unwrap();
     assert_ordinary(&mut stage, &node, &image, "image.not-eligible");

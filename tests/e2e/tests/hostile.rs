@@ -6,21 +6,23 @@
 mod table;
 
 use std::collections::BTreeMap;
+use std::io::Write as _;
 use std::os::unix::fs::MetadataExt as _;
 use std::path::{Path, PathBuf};
-use std::time::{Instant, SystemTime, UNIX_EPOCH};
+use std::time::{Duration, Instant, SystemTime, UNIX_EPOCH};
 
 use millstream_e2e::containerd::{Containerd, Version};
 use millstream_e2e::cri::Cri;
 use millstream_e2e::daemons::Node;
 use millstream_e2e::image::{Blob, Image};
+use millstream_e2e::layer::{Entry, Packing};
 use millstream_e2e::need::Need;
 use millstream_e2e::stage::{Pushed, Stage, can_be_set};
 use millstream_e2e::tree::{Contents, Tree};
 use millstream_e2e::view::View;
 use millstream_wire::millstream::v1::decision::Outcome;
 use sha2::{Digest as _, Sha256};
-use table::{Canary, Expect, Media, Place, Row};
+use table::{Canary, Expect, Media, Place, Row, make};
 
 /// One image that is made of a row.
 struct Case {
@@ -193,4 +195,71 @@ fn hostile_archives_show_what_containerd_shows_or_nothing() {
     lap("judged");
     assert_eq!(state_of(&canaries), before, "the canary");
     assert!(wrong.is_empty(), "{} of {} images:\n{}", wrong.len(), cases.len(), wrong.join("\n"));
+}
+
+/// Layers that are small to send and cost much to read, with what the import must say of each.
+fn bombs() -> Vec<(Vec<u8>, Media, &'static str)> {
+    let head = |member: make::Member, size: &[u8]| member.put(make::SIZE, size).bytes()[..512].to_vec();
+    // 8 GiB of zeros; nobody comes to their end.
+    let first = gzip(&head(make::file("zeros", b""), b"77777777777\0"));
+    let zeros = [first, gzip(&vec![0; 64 << 20]).repeat(8)].concat();
+    let many = (0..30_000).map(|number| make::file(format!("f{number}"), b""));
+    let many = many.fold(make::Archive::new(), make::Archive::with).end();
+    let record = head(make::member(b'x', "gibibyte", b""), b"10000000000\0");
+    let hole = [("major", "1"), ("minor", "0"), ("name", "hole"), ("realsize", "1099511627776")];
+    let hole = hole.iter().fold(make::file("GNUSparseFile.0/x", &make::padded(b"0\n")), |member, (key, value)| {
+        member.pax(format!("GNU.sparse.{key}"), value)
+    });
+    let hole = make::Archive::new().with(hole).end();
+    let deep = make::Archive::new().with(make::file("d/".repeat(1900) + "f", b"")).end();
+    vec![
+        (zeros, Media::Gzip, "hint: the server's import.budget.ratio"),
+        (gzip(&many), Media::Gzip, "hint: the server's import.budget.entries"),
+        (record, Media::Plain, "extended header is too long"),
+        (hole, Media::Plain, "hint: the server's import.budget.file_size"),
+        (deep, Media::Plain, "directories above a file"),
+    ]
+}
+
+fn gzip(bytes: &[u8]) -> Vec<u8> {
+    let mut encoder = flate2::write::GzEncoder::new(Vec::new(), flate2::Compression::fast());
+    encoder.write_all(bytes).unwrap();
+    encoder.finish().unwrap()
+}
+
+#[test]
+fn bombs_are_declined_and_the_server_goes_on_serving() {
+    const MOST_MEMORY: u64 = 512 << 20;
+    const MOST_TIME: Duration = Duration::from_secs(60);
+    if !can_be_set(&[]) {
+        return;
+    }
+    let mut stage = Stage::set().unwrap();
+    stage.limit_entries(10_000).unwrap();
+    let bombs = bombs();
+    let image = |(bytes, media, _): &(Vec<u8>, Media, &str)| Image::new().blob(blob(bytes, *media, b"never looked at"));
+    let pushed = stage.push_many("bombs", &bombs.iter().map(image).collect::<Vec<_>>()).unwrap();
+    let honest: Vec<Image> =
+        (0..10).map(|number| Image::new().layer(vec![Entry::file("f", format!("{number}"))], Packing::Gzip)).collect();
+    let honest = stage.push_many("honest", &honest).unwrap();
+    let started = Instant::now();
+    let (said, others) = std::thread::scope(|scope| {
+        let said = scope.spawn(|| pushed.iter().map(|image| stage.import(image).unwrap()).collect::<Vec<_>>());
+        let others: Vec<Duration> = honest
+            .iter()
+            .map(|image| {
+                let started = Instant::now();
+                stage.import(image).unwrap();
+                started.elapsed()
+            })
+            .collect();
+        (said.join().unwrap(), others)
+    });
+    assert!(started.elapsed() < MOST_TIME, "{:?}", started.elapsed());
+    for ((_, _, expected), said) in bombs.iter().zip(&said) {
+        assert!(said.contains(expected), "{expected}: {said}");
+    }
+    assert!(others.iter().all(|took| *took < MOST_TIME / 6), "{others:?}");
+    let peak = stage.server().unwrap().peak_memory().unwrap();
+    assert!(peak < MOST_MEMORY, "{} MiB", peak >> 20);
 }

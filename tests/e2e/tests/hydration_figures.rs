@@ -65,7 +65,13 @@ fn stage() -> Stage {
     registry.write_hosts(&certs_d).unwrap();
     let tls = Tls::generate(&work.dir("tls").unwrap(), &[&FAR.to_string()]).unwrap();
     let address = SocketAddr::from((Ipv4Addr::LOCALHOST, 7900));
-    let options = ServerOptions { address, tls: Some(tls.clone()), certs_d: certs_d.clone(), import_on_demand: false };
+    let options = ServerOptions {
+        address,
+        tls: Some(tls.clone()),
+        certs_d: certs_d.clone(),
+        import_on_demand: false,
+        packed_content: true,
+    };
     let server = Server::start(&work, &options, Some(&link)).unwrap();
     let server_address = format!("https://{}", link.expose(7900, address).unwrap());
     let reference = registry.reference("app:1");

@@ -106,6 +106,54 @@ fn a_small_part_of_a_large_layer_is_read_with_a_small_part_of_its_bytes() {
     assert!(layers_of(&node, &image).unwrap().iter().all(|layer| layer.state() == State::Lazy));
 }
 
+#[test]
+fn zstd_layers_are_lazy_also_one_that_cannot_be_entered_and_need_nobody_when_hydrated() {
+    if !can_be_set(&[]) {
+        return;
+    }
+    let mut stage = Stage::set().unwrap();
+    let image = Image::new()
+        .layer(shell().unwrap(), Packing::Zstd)
+        .layer(vec![Entry::file("frames", noise(1, 9 << 20))], Packing::ZstdFrames(1 << 19))
+        .layer(vec![Entry::file("one-frame", noise(2, 24 << 20)), Entry::file("end", "the end\n")], Packing::Zstd);
+    let image = stage.publish("zstd", &image).unwrap();
+    let node = stage.node_on_demand().unwrap();
+    let containerd = stage.containerd(Version::V1, &node, false).unwrap();
+    let mut cri = stage.cri(&containerd).unwrap();
+    stage.count_from_now().unwrap();
+    cri.pull(&image.reference, None).unwrap();
+    assert_lazy(&stage, &node, &image);
+    let pod = cri.run_pod("pod").unwrap();
+    let run = |name: &str, script: &str| {
+        let command = &["/bin/sh", "-c", script];
+        let spec = ContainerSpec { image: &image.reference, command, ..ContainerSpec::default() };
+        cri.run(&pod, name, &spec, DEADLINE).unwrap()
+    };
+    // A page in the middle, then the end: neither takes the blob that cannot be entered.
+    let page = run("page", "dd if=/one-frame bs=4096 skip=3000 count=1 2>/dev/null | sha256sum; cat /end");
+    assert_eq!(page, format!("{}  -\nthe end\n", sha256(&noise(2, 24 << 20)[3000 * 4096..][..4096])));
+    let sums = run("sums", "sha256sum /frames /one-frame");
+    let expected = [(noise(1, 9 << 20), "frames"), (noise(2, 24 << 20), "one-frame")];
+    assert_eq!(sums, expected.map(|(bytes, name)| format!("{}  /{name}\n", sha256(&bytes))).concat());
+    let closed = &image.info.layers[2].digest;
+    // What the pull may have asked for to see that it can read the blob.
+    let received: u64 = stage
+        .layer_requests(&image)
+        .unwrap()
+        .iter()
+        .filter(|request| request.path.ends_with(closed))
+        .map(|request| request.bytes)
+        .sum();
+    assert!(received < 4096, "{received} bytes of a blob that cannot be entered");
+    assert_lazy(&stage, &node, &image);
+    let lazily = read_all(&cri, &pod, &image, "all");
+
+    node.set_hydration(true).unwrap();
+    await_verified(&node, &image).unwrap();
+    stage.go_dark().unwrap();
+    assert_eq!(read_all(&cri, &pod, &image, "all-in-the-dark"), lazily);
+}
+
 fn sha256(bytes: &[u8]) -> String {
     use sha2::Digest as _;
     hex::encode(sha2::Sha256::digest(bytes))

@@ -47,7 +47,10 @@ struct Comparison {
 
 impl Comparison {
     fn set() -> Self {
-        let stage = Stage::set().unwrap();
+        Self::on(Stage::set().unwrap())
+    }
+
+    fn on(stage: Stage) -> Self {
         let node = stage.node_on_demand().unwrap();
         let containerd = stage.containerd(Version::V1, &node, false).unwrap();
         let oracle = stage.oracle().unwrap();
@@ -261,6 +264,30 @@ fn an_image_of_everything_that_is_legal_is_equal() {
 }
 
 #[test]
+fn an_image_of_zstd_layers_is_equal() {
+    if !can_be_set(&[]) {
+        return;
+    }
+    let set = Comparison::set();
+    let mut long = vec![Entry::file("before", noise(20, 70_000)), Entry::file("long", noise(21, 19 << 20))];
+    long.extend(to_be_changed());
+    let image = Image::new()
+        .layer(shell().unwrap(), Packing::Zstd)
+        .layer(strange_files(), Packing::ZstdFrames(300_001))
+        // One frame that cannot be entered.
+        .layer(long, Packing::Zstd)
+        .layer(changes(), Packing::ZstdFrames(1000))
+        .layer(changes_of_changes(), Packing::Gzip);
+    let image = set.stage.publish("zstd", &image).unwrap();
+    set.cri.pull(&image.reference, None).unwrap();
+    await_decision(&set.node, &image, Outcome::Lazy, "").unwrap();
+    set.assert_equal(&image, "lazy");
+    set.node.set_hydration(true).unwrap();
+    await_verified(&set.node, &image).unwrap();
+    set.assert_equal(&image, "local");
+}
+
+#[test]
 fn lazy_layers_over_layers_that_were_unpacked_are_equal() {
     if !can_be_set(&[]) {
         return;
@@ -294,7 +321,7 @@ fn layers_that_must_be_unpacked_over_lazy_ones_are_equal() {
     if !can_be_set(&[]) {
         return;
     }
-    let mut set = Comparison::set();
+    let mut set = Comparison::on(Stage::without_packed_content().unwrap());
     let below = || {
         Image::new()
             .layer(shell().unwrap(), Packing::Gzip)
@@ -304,8 +331,11 @@ fn layers_that_must_be_unpacked_over_lazy_ones_are_equal() {
     // A hard link to a file of a lower layer is legal for containerd, which copies nothing up for it: only the layer itself.
     let links =
         vec![Entry::directory("cross"), Entry::file("cross/a", "a"), Entry::hard_link("cross/to-lower", "links/a")];
+    // One frame of more than 16 MiB cannot be entered.
+    let mut long = changes();
+    long.push(Entry::file("zeros", vec![0; 20 << 20]));
     for (name, above) in [
-        ("zstd", below().layer(changes(), Packing::Zstd).layer(changes_of_changes(), Packing::Gzip)),
+        ("zstd", below().layer(long, Packing::Zstd).layer(changes_of_changes(), Packing::Gzip)),
         ("link", below().layer(links, Packing::Gzip)),
     ] {
         let image = set.stage.push(name, &above).unwrap();

@@ -87,6 +87,7 @@ impl Layer {
         Self { media_type: GZIP, blob: gzip(tar), diff_id: Digest::of(tar) }
     }
 
+    /// One frame, as docker and BuildKit write it.
     pub fn zstd(tar: &[u8]) -> Self {
         Self { media_type: ZSTD, blob: zstd::bulk::compress(tar, 3).unwrap(), diff_id: Digest::of(tar) }
     }

@@ -2,6 +2,7 @@
 
 use std::io;
 
+use crate::frames::FrameError;
 use crate::tar::TarError;
 
 /// Why a layer gets no TOC.
@@ -46,23 +47,38 @@ pub enum Ineligible {
         /// The missing file.
         target: String,
     },
-    /// A deflate block is so long that no checkpoint can be made in time.
-    #[error("no deflate block ends within {limit} bytes of output after byte {start} of the tar")]
+    /// A deflate block or zstd frame is so long that no checkpoint can be made in time. Only with
+    /// [`ClosedSpans::Decline`](super::ClosedSpans::Decline).
+    #[error("no {end} ends within {limit} bytes of output after byte {start} of the tar")]
     SpanTooLong {
+        /// `deflate block` or `zstd frame`.
+        end: &'static str,
         /// Where the span starts in the tar.
         start: u64,
         /// [`MAX_SPAN`](crate::format::MAX_SPAN).
         limit: u64,
     },
-    /// The media type says gzip, the bytes do not: containerd would look for another compression.
-    #[error("blob is not gzip, though its media type says so")]
-    NotGzip,
-    /// Bytes follow the last gzip member. Go's decompressor refuses them, others ignore them, so that what containerd does
-    /// depends on the programs that are installed beside it.
-    #[error("bytes follow the last gzip member at byte {offset} of the blob")]
+    /// The media type names a compression that the bytes do not have: containerd would look for another one.
+    #[error("blob is not {compression}, though its media type says so")]
+    NotCompressed {
+        /// `gzip` or `zstd`.
+        compression: &'static str,
+    },
+    /// Bytes follow the last gzip member or zstd frame. Go's decompressors refuse them, others ignore them, so that what
+    /// containerd does depends on the programs that are installed beside it.
+    #[error("bytes follow the last {unit} at byte {offset} of the blob")]
     TrailingBytes {
+        /// `gzip member` or `zstd frame`.
+        unit: &'static str,
         /// Where they start.
         offset: u64,
+    },
+    /// A zstd frame asks for a dictionary, or for more history than
+    /// [`MAX_FRAME_WINDOW`](crate::format::MAX_FRAME_WINDOW).
+    #[error("{what}")]
+    Frame {
+        /// What it asks for.
+        what: FrameError,
     },
     /// The tar exceeds a limit of the reader, or asks for what no inode can hold.
     #[error("{what}")]

@@ -1,14 +1,18 @@
 //! From the blob to the bytes of the tar, with both digests and all checkpoints on the way.
 
+mod gzip;
+mod zstd;
+
 use std::cell::{Cell, RefCell};
 use std::io::{self, Read};
 
-use millstream_inflate::{InflateError, Inflater, Stop, WINDOW_SIZE};
+use millstream_inflate::WINDOW_SIZE;
 use sha2::{Digest as _, Sha256};
 
 use super::error::{BuildError, Ineligible, counted};
-use super::{Budget, BuildSink, Compression};
-use crate::format::{MAX_SPAN, SHORT_DIGEST, SPAN_SIZE, SpanIx, SpanRecord};
+use super::{BuildOptions, BuildSink, ClosedSpans, Compression};
+use crate::format::{MAX_SPAN, SHORT_DIGEST, SPAN_SIZE, START_FRAME, START_MEMBER, START_PLAIN, SpanIx, SpanRecord};
+use crate::frames::Frames;
 
 /// Compressed bytes read at once.
 const INPUT: usize = 128 * 1024;
@@ -16,8 +20,6 @@ const INPUT: usize = 128 * 1024;
 const OUTPUT: usize = 256 * 1024;
 /// Output that is free of the ratio budget: small layers of zeros are common and harmless.
 const RATIO_FREE: u64 = 64 * 1024 * 1024;
-/// First bytes by which containerd tells gzip.
-const GZIP_MAGIC: [u8; 3] = [0x1f, 0x8b, 8];
 
 /// What the stream and the tree share: the sink, and the error that lies behind an `io::Error` seen by the tar reader.
 pub(super) struct Shared<'s> {
@@ -77,22 +79,19 @@ struct Pending {
     window: Vec<u8>,
 }
 
-enum State {
-    /// Not compressed.
+/// How the blob is decompressed, and where in it the stream stands.
+enum Codec {
     Plain,
-    /// Before a gzip member, or at the end of the blob.
-    Between,
-    /// In a gzip member that has given so many bytes.
-    Member { produced: u64 },
+    Gzip(gzip::Members),
+    Zstd(Box<Frames>),
 }
 
 /// Reads the tar. Memory is bounded by the buffers and 40 bytes per span.
 pub(super) struct TarStream<'s, R> {
     blob: R,
     shared: &'s Shared<'s>,
-    budget: &'s Budget,
-    state: State,
-    inflater: Inflater,
+    options: &'s BuildOptions,
+    codec: Codec,
     blob_hash: Sha256,
     tar_hash: Sha256,
     input: Box<[u8]>,
@@ -107,27 +106,24 @@ pub(super) struct TarStream<'s, R> {
     tar_made: u64,
     /// Where the current (or pending) span starts in the tar.
     span_start: u64,
+    /// zstd: where in the blob the current frame starts.
+    frame_at: u64,
     pending: Option<Pending>,
     spans: Vec<SpanRecord>,
 }
 
 impl<'s, R: Read> TarStream<'s, R> {
-    pub(super) fn new(
-        blob: R,
-        compression: Compression,
-        budget: &'s Budget,
-        shared: &'s Shared<'s>,
-    ) -> Result<Self, BuildError> {
-        let start = match compression {
-            Compression::Plain => 2,
-            Compression::Gzip => 1,
+    pub(super) fn new(blob: R, options: &'s BuildOptions, shared: &'s Shared<'s>) -> Result<Self, BuildError> {
+        let (start, codec) = match options.compression {
+            Compression::Plain => (START_PLAIN, Codec::Plain),
+            Compression::Gzip => (START_MEMBER, Codec::Gzip(gzip::Members::new()?)),
+            Compression::Zstd => (START_FRAME, Codec::Zstd(Box::new(Frames::new().map_err(zstd::failed)?))),
         };
         Ok(Self {
             blob,
             shared,
-            budget,
-            state: if compression == Compression::Plain { State::Plain } else { State::Between },
-            inflater: Inflater::gzip().map_err(inflate_error)?,
+            options,
+            codec,
             blob_hash: Sha256::new(),
             tar_hash: Sha256::new(),
             input: vec![0; INPUT].into_boxed_slice(),
@@ -140,6 +136,7 @@ impl<'s, R: Read> TarStream<'s, R> {
             output_end: 0,
             tar_made: 0,
             span_start: 0,
+            frame_at: 0,
             pending: Some(Pending { record: record(0, 0, 0, start), window: Vec::new() }),
             spans: Vec::new(),
         })
@@ -155,7 +152,7 @@ impl<'s, R: Read> TarStream<'s, R> {
             }
         }
         let blob_digest: [u8; 32] = self.blob_hash.finalize().into();
-        let diff_id = if matches!(self.state, State::Plain) { blob_digest } else { self.tar_hash.finalize().into() };
+        let diff_id = if matches!(self.codec, Codec::Plain) { blob_digest } else { self.tar_hash.finalize().into() };
         Ok(Ended { blob_digest, diff_id, blob_size: self.blob_read, tar_size: self.tar_made, spans: self.spans })
     }
 
@@ -168,8 +165,15 @@ impl<'s, R: Read> TarStream<'s, R> {
             self.output_end -= from;
             self.output_at = self.output_end;
         }
-        let produced = if matches!(self.state, State::Plain) { self.fill_plain()? } else { self.fill_gzip()? };
-        let budget = self.budget;
+        let produced = match self.codec {
+            Codec::Plain => self.fill_plain()?,
+            Codec::Gzip(_) => self.fill_gzip()?,
+            Codec::Zstd(_) => self.fill_zstd()?,
+        };
+        if self.options.closed_spans == ClosedSpans::Decline && self.tar_made - self.span_start > MAX_SPAN {
+            return Err(self.too_long());
+        }
+        let budget = &self.options.budget;
         if self.tar_made > budget.max_tar_size {
             return Err(BuildError::over(counted::TAR_BYTES, budget.max_tar_size));
         }
@@ -178,6 +182,11 @@ impl<'s, R: Read> TarStream<'s, R> {
             return Err(BuildError::over(counted::RATIO, budget.max_ratio));
         }
         Ok(produced)
+    }
+
+    fn too_long(&self) -> BuildError {
+        let end = if matches!(self.codec, Codec::Zstd(_)) { "zstd frame" } else { "deflate block" };
+        Ineligible::SpanTooLong { end, start: self.span_start, limit: MAX_SPAN }.into()
     }
 
     fn fill_plain(&mut self) -> Result<usize, BuildError> {
@@ -189,90 +198,10 @@ impl<'s, R: Read> TarStream<'s, R> {
         self.made(read)?;
         if self.tar_made - self.span_start == SPAN_SIZE {
             self.span_start = self.tar_made;
-            self.pending = Some(Pending { record: record(self.tar_made, self.tar_made, 0, 2), window: Vec::new() });
+            self.pending =
+                Some(Pending { record: record(self.tar_made, self.tar_made, 0, START_PLAIN), window: Vec::new() });
         }
         Ok(read)
-    }
-
-    fn fill_gzip(&mut self) -> Result<usize, BuildError> {
-        loop {
-            if self.input_at == self.input_end && !self.blob_ended {
-                self.refill()?;
-            }
-            let member = match self.state {
-                State::Member { produced } => produced,
-                _ if self.input_at == self.input_end => return Ok(0),
-                _ => {
-                    self.start_member()?;
-                    0
-                }
-            };
-            let produced = self.step(member)?;
-            if produced > 0 {
-                return Ok(produced);
-            }
-        }
-    }
-
-    /// One step of the decompressor; says how much it gave.
-    fn step(&mut self, member: u64) -> Result<usize, BuildError> {
-        // Stopping at every block costs time, so it is done only where a checkpoint is due. "Due" begins one byte early:
-        // a boundary right at SPAN_SIZE must not be passed unseen, or the result would depend on the size of reads.
-        let before_due = (self.span_start + SPAN_SIZE - 1).saturating_sub(self.tar_made);
-        let room = self.output.len() - self.output_end;
-        let (room, stop) = match usize::try_from(before_due) {
-            Ok(0) => (room, Stop::BlockBoundary),
-            Ok(before_due) => (room.min(before_due), Stop::Never),
-            Err(_) => (room, Stop::Never),
-        };
-        let input = &self.input[self.input_at..self.input_end];
-        let input_len = input.len();
-        let output = &mut self.output[self.output_end..self.output_end + room];
-        let progress = self.inflater.step(input, output, stop).map_err(inflate_error)?;
-        self.input_at += progress.consumed;
-        self.tar_hash.update(&output[..progress.produced]);
-        self.made(progress.produced)?;
-        let member = member + progress.produced as u64;
-        self.state = if progress.stream_end { State::Between } else { State::Member { produced: member } };
-        if progress.at_block_boundary && self.checkpoint_due() {
-            let window = usize::try_from(member).map_or(WINDOW_SIZE, |made| made.min(WINDOW_SIZE));
-            let blob_off = self.blob_at() - u64::from(progress.bits).div_ceil(8);
-            let window = self.output[self.output_end - window..self.output_end].to_vec();
-            let mut record = record(blob_off, self.tar_made, progress.bits % 8, 0);
-            // A window is at most 32 KiB.
-            record.window_len = u32::try_from(window.len()).unwrap_or(0).into();
-            if !window.is_empty() {
-                record.window_digest = short_digest(&window);
-            }
-            self.set_pending(record, window);
-        } else if self.tar_made - self.span_start > MAX_SPAN {
-            return Err(Ineligible::SpanTooLong { start: self.span_start, limit: MAX_SPAN }.into());
-        }
-        let idle = progress.consumed == 0 && progress.produced == 0;
-        if idle && !progress.stream_end && !progress.at_block_boundary && (input_len > 0 || self.blob_ended) {
-            return Err(BuildError::invalid("gzip stream ends in the middle"));
-        }
-        Ok(progress.produced)
-    }
-
-    fn start_member(&mut self) -> Result<(), BuildError> {
-        // The magic may be split between reads.
-        while self.input_end - self.input_at < GZIP_MAGIC.len() && !self.blob_ended {
-            self.input.copy_within(self.input_at..self.input_end, 0);
-            self.input_end -= self.input_at;
-            self.input_at = 0;
-            self.refill()?;
-        }
-        if !self.input[self.input_at..self.input_end].starts_with(&GZIP_MAGIC) {
-            let offset = self.blob_at();
-            return Err(if offset == 0 { Ineligible::NotGzip } else { Ineligible::TrailingBytes { offset } }.into());
-        }
-        self.inflater.restart_gzip().map_err(inflate_error)?;
-        if self.checkpoint_due() {
-            self.set_pending(record(self.blob_at(), self.tar_made, 0, 1), Vec::new());
-        }
-        self.state = State::Member { produced: 0 };
-        Ok(())
     }
 
     /// Adds input behind what is there. Nothing may be there unless it starts at 0.
@@ -356,15 +285,6 @@ fn read_some(from: &mut impl Read, buffer: &mut [u8]) -> Result<usize, BuildErro
             Ok(read) => return Ok(read.min(buffer.len())),
             Err(error) if error.kind() == io::ErrorKind::Interrupted => {}
             Err(error) => return Err(BuildError::Read(error)),
-        }
-    }
-}
-
-fn inflate_error(error: InflateError) -> BuildError {
-    match error {
-        InflateError::Memory => BuildError::Read(io::ErrorKind::OutOfMemory.into()),
-        InflateError::Corrupt | InflateError::Checkpoint | InflateError::Broken => {
-            BuildError::Invalid { what: format!("gzip: {error}") }
         }
     }
 }

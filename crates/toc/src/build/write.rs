@@ -60,11 +60,7 @@ pub(super) fn write(
     let mut header = Header {
         magic: MAGIC,
         version: VERSION.into(),
-        compression: match compression {
-            Compression::Plain => 0,
-            Compression::Gzip => 1,
-        }
-        .into(),
+        compression: compression.code().into(),
         blob_digest: ended.blob_digest,
         diff_id: ended.diff_id,
         blob_size: ended.blob_size.into(),

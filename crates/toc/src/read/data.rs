@@ -1,9 +1,10 @@
 //! From the data address space to chunks and spans.
 
 use super::{Inode, Table, Toc, damaged, indices};
+use crate::build::Compression;
 use crate::format::{
-    CHUNK_SIZE, ChunkIx, ContentIx, ContentRecord, DATA_ALIGN, ExtentRecord, FormatError, NONE, SHORT_DIGEST, SpanIx,
-    SpanRecord,
+    CHUNK_SIZE, ChunkIx, ContentIx, ContentRecord, DATA_ALIGN, ExtentRecord, FormatError, MAX_SPAN, NONE, SHORT_DIGEST,
+    START_DEFLATE, START_FRAME, START_MEMBER, START_PLAIN, SpanIx, SpanRecord,
 };
 use crate::range::{BlobRange, DataRange, TarRange};
 
@@ -28,6 +29,8 @@ pub enum SpanStart {
     Member,
     /// The bytes are not compressed.
     Plain,
+    /// With a zstd frame.
+    Frame,
 }
 
 /// A range of the blob that can be decompressed alone.
@@ -47,6 +50,14 @@ pub struct Span {
     pub window_len: u32,
     /// BLAKE3 of the raw window, truncated; zero when there is none.
     pub window_digest: [u8; SHORT_DIGEST],
+}
+
+impl Span {
+    /// Whether nobody enters it, because that would give too much output for a small read.
+    #[must_use]
+    pub const fn is_closed(&self) -> bool {
+        self.tar.end - self.tar.start > MAX_SPAN
+    }
 }
 
 impl Toc {
@@ -125,6 +136,15 @@ impl Toc {
             *self.table::<[u8; SHORT_DIGEST]>(Table::Chunks)?.get(ix as usize).ok_or(damaged("chunk out of range"))?;
         // A zeroed page must not look like content that does not match.
         if digest == [0; SHORT_DIGEST] { Err(damaged("digest of a chunk is zero")) } else { Ok(digest) }
+    }
+
+    /// Whether `bytes` are those of chunk `ix`.
+    ///
+    /// # Errors
+    ///
+    /// When there is no such chunk, or its digest is gone.
+    pub fn verify_chunk(&self, ix: ChunkIx, bytes: &[u8]) -> Result<bool, FormatError> {
+        Ok(blake3::hash(bytes).as_bytes()[..SHORT_DIGEST] == self.chunk_digest(ix)?)
     }
 
     /// Digests of all chunks of `content`, in order. With the size they say exactly which bytes it has.
@@ -231,10 +251,11 @@ impl Toc {
         let (blob_end, tar_end) = next.map_or((self.blob_size(), self.tar_size()), |next| {
             (next.blob_off.get().saturating_add(u64::from(next.bits != 0)), next.tar_off.get())
         });
-        let start = match (record.start, self.header().compression.get()) {
-            (0, 1) if ix > 0 => SpanStart::Deflate,
-            (1, 1) => SpanStart::Member,
-            (2, 0) => SpanStart::Plain,
+        let start = match (record.start, self.compression()?) {
+            (START_DEFLATE, Compression::Gzip) if ix > 0 => SpanStart::Deflate,
+            (START_MEMBER, Compression::Gzip) => SpanStart::Member,
+            (START_PLAIN, Compression::Plain) => SpanStart::Plain,
+            (START_FRAME, Compression::Zstd) => SpanStart::Frame,
             _ => return Err(damaged("span starts in an impossible way")),
         };
         let (blob, tar) = (record.blob_off.get(), record.tar_off.get());
@@ -256,6 +277,34 @@ impl Toc {
             window_len: window,
             window_digest: record.window_digest,
         })
+    }
+
+    /// Whether a byte of `range` is stored in a closed span, so that it does not come out of spans.
+    ///
+    /// # Errors
+    ///
+    /// When a record is damaged.
+    pub fn is_closed(&self, range: DataRange) -> Result<bool, FormatError> {
+        for ix in self.spans_for(range)? {
+            if self.span(ix)?.is_closed() {
+                return Ok(true);
+            }
+        }
+        Ok(false)
+    }
+
+    /// Whether any span is closed. Looks at all of them.
+    ///
+    /// # Errors
+    ///
+    /// When a record is damaged.
+    pub fn has_closed_spans(&self) -> Result<bool, FormatError> {
+        for ix in 0..self.span_count() {
+            if self.span(ix)?.is_closed() {
+                return Ok(true);
+            }
+        }
+        Ok(false)
     }
 
     /// Whether `window` is the raw window of span `ix`: the empty one where it needs none.

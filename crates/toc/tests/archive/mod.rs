@@ -177,12 +177,29 @@ pub fn gzip(bytes: &[u8], level: u32) -> Vec<u8> {
     encoder.finish().unwrap()
 }
 
+/// One zstd frame with a checksum, as streaming encoders write it.
+pub fn frame(bytes: &[u8], level: i32) -> Vec<u8> {
+    let mut encoder = zstd::stream::write::Encoder::new(Vec::new(), level).unwrap();
+    encoder.include_checksum(true).unwrap();
+    encoder.write_all(bytes).unwrap();
+    encoder.finish().unwrap()
+}
+
+/// A zstd frame that decompressors skip.
+pub fn skippable(content: &[u8]) -> Vec<u8> {
+    [&0x184d_2a53_u32.to_le_bytes()[..], &u32::try_from(content.len()).unwrap().to_le_bytes(), content].concat()
+}
+
 pub fn build_plain(tar: &[u8]) -> Result<Toc, BuildError> {
     open(build(tar, &BuildOptions::new(millstream_toc::Compression::Plain), &mut ())?.toc)
 }
 
 pub fn build_gzip(blob: &[u8]) -> Result<Toc, BuildError> {
     open(build(blob, &BuildOptions::new(millstream_toc::Compression::Gzip), &mut ())?.toc)
+}
+
+pub fn build_zstd(blob: &[u8]) -> Result<Toc, BuildError> {
+    open(build(blob, &BuildOptions::new(millstream_toc::Compression::Zstd), &mut ())?.toc)
 }
 
 /// Every TOC that is built must pass the full check.

@@ -8,7 +8,7 @@
 
 mod headers;
 mod links;
-mod make;
+pub mod make;
 mod names;
 mod packing;
 mod whiteouts;

@@ -57,6 +57,8 @@ impl Stage {
             tls: Some(tls.clone()),
             certs_d: certs_d.clone(),
             import_on_demand: false,
+            max_entries: None,
+            packed_content: true,
         };
         let server = Server::start(&work, &options, Some(&link))?;
         let address = link.expose(SERVER_PORT, listen)?;
