@@ -156,8 +156,8 @@ mod tests {
     use millstream_oci::{DiffId, ManifestDigest};
 
     use super::*;
-    use crate::store::{ImageLayer, LayerRecord};
     use crate::items::ItemWriter;
+    use crate::store::{ImageLayer, LayerRecord};
 
     const DAY: Duration = Duration::from_secs(24 * 3600);
 
