@@ -9,7 +9,7 @@ use bytes::Bytes;
 use millstream_oci::{Digest, ImageRef, ManifestDigest};
 use millstream_prefetch::ImageSources;
 use millstream_registry::{Credential, Registry, Repository, docker_config_credential};
-use millstream_source::{BlobSource, ContentSource, ErrorKind, SourceError, WindowSource};
+use millstream_source::{BlobSource, ErrorKind, SourceError, WindowSource};
 
 use crate::counted::counted;
 use crate::embedded::{Embedded, pending_reason};
@@ -114,12 +114,9 @@ impl Origin {
             let sources = ImageSources { blob: self.blob(), windows: Arc::new(NoServer), content: None };
             return counted(sources, &self.metrics);
         };
-        let embedded = server.is_embedded();
         let source = Arc::new(ServerSource { server, scope: self.scope.clone() });
         let windows = Arc::clone(&source) as Arc<dyn WindowSource>;
-        // Content of the embedded server would come from the same registry by the same way.
-        let content = (!embedded).then_some(source as Arc<dyn ContentSource>);
-        counted(ImageSources { blob: self.blob(), windows, content }, &self.metrics)
+        counted(ImageSources { blob: self.blob(), windows, content: Some(source) }, &self.metrics)
     }
 
     fn blob(&self) -> Arc<dyn BlobSource> {

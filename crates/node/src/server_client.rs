@@ -126,12 +126,6 @@ impl Server {
         Self { client, metadata_bytes: Arc::default(), embedded }
     }
 
-    /// Whether it is the service in this process.
-    #[must_use]
-    pub const fn is_embedded(&self) -> bool {
-        self.embedded
-    }
-
     fn count(&self, bytes: u64) {
         if !self.embedded {
             self.metadata_bytes.fetch_add(bytes, Ordering::Relaxed);
