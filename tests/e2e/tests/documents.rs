@@ -25,13 +25,16 @@ enum Said {
 }
 use Said::{Declines, Fails};
 
+/// Documents that another one refers to: media type and text.
+type Referred = Vec<(&'static str, String)>;
+
 /// A document that is made from an honest manifest.
 struct Row {
     name: &'static str,
     said: Said,
     content_type: &'static str,
     /// The text, and documents of type [`INDEX`] or [`MANIFEST`] that it refers to.
-    make: fn(Value) -> (String, Vec<(&'static str, String)>),
+    make: fn(Value) -> (String, Referred),
 }
 
 fn alone(value: &Value) -> (String, Vec<(&'static str, String)>) {
