@@ -44,7 +44,7 @@ impl Tar {
         let name = format!("files/{:03}/{:08}", self.files % 1000, self.files);
         let mut put = |at: usize, bytes: &[u8]| self.header[at..at + bytes.len()].copy_from_slice(bytes);
         put(0, name.as_bytes());
-        put(100, b"0000644\0000000000\0000000000\0");
+        put(100, b"0000644\x000000000\x000000000\x00");
         put(124, format!("{FILE:011o}\0").as_bytes());
         put(136, b"00000000000\0        0");
         put(257, b"ustar\x0000");

@@ -194,6 +194,12 @@ pub fn pause() {
     std::thread::sleep(POLL);
 }
 
+/// Lets time pass that the behaviour under test is about: a period of quiet, the life of something remembered.
+#[allow(clippy::disallowed_methods)]
+pub fn let_pass(time: Duration) {
+    std::thread::sleep(time);
+}
+
 /// Whether something accepts connections on the unix socket.
 pub fn socket_accepts(socket: &Path) -> bool {
     std::os::unix::net::UnixStream::connect(socket).is_ok()

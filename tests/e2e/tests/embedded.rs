@@ -12,7 +12,7 @@ use millstream_e2e::daemons::{Node, NodeOptions};
 use millstream_e2e::image::{Image, shell};
 use millstream_e2e::layer::{Entry, Packing, noise};
 use millstream_e2e::need::{Need, product};
-use millstream_e2e::process::{eventually, output};
+use millstream_e2e::process::{eventually, let_pass, output};
 use millstream_e2e::registry::Login;
 use millstream_e2e::stage::{CLI, Pushed, Stage, await_decision, await_verified, can_be_set, layers_of};
 use millstream_wire::millstream::v1::decision::Outcome;
@@ -198,7 +198,7 @@ fn a_private_image_that_is_indexed_is_lazy_for_those_who_may_read_it() {
     remove(&containerd, &cri, &node, &image);
 
     // Pulls that begin within two seconds share one decision.
-    std::thread::sleep(Duration::from_secs(3));
+    let_pass(Duration::from_secs(3));
     docker_config(&stage, &image, &Login { password: "wrong".to_owned(), ..login() });
     stage.count_from_now().unwrap();
     cri.pull(&image.reference, Some(&login())).unwrap();
@@ -207,7 +207,7 @@ fn a_private_image_that_is_indexed_is_lazy_for_those_who_may_read_it() {
     assert_eq!(stage.fetched_whole(&image).unwrap(), [0, 1]);
     remove(&containerd, &cri, &node, &image);
 
-    std::thread::sleep(Duration::from_secs(3));
+    let_pass(Duration::from_secs(3));
     docker_config(&stage, &image, &login());
     stage.count_from_now().unwrap();
     cri.pull(&image.reference, Some(&login())).unwrap();

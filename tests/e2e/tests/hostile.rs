@@ -132,8 +132,11 @@ fn outcome(node: &Node, image: &Pushed) -> Option<Outcome> {
     answer.decisions.first().map(millstream_wire::millstream::v1::Decision::outcome)
 }
 
+/// Mode, owner, time with nanoseconds, number of names, content.
+type State = (u32, u32, i64, i64, u64, Vec<u8>);
+
 /// Everything that can be seen of a directory and the files in it.
-fn state_of(dir: &Path) -> BTreeMap<PathBuf, (u32, u32, i64, i64, u64, Vec<u8>)> {
+fn state_of(dir: &Path) -> BTreeMap<PathBuf, State> {
     let entries = std::fs::read_dir(dir).unwrap().map(|entry| entry.unwrap().path());
     let see = |path: PathBuf| {
         let meta = path.symlink_metadata().unwrap();

@@ -17,7 +17,7 @@ use millstream_e2e::image::{Image, pause, shell};
 use millstream_e2e::layer::{Entry, Packing, noise};
 use millstream_e2e::link::{FAR, Link, LinkOptions};
 use millstream_e2e::need::product;
-use millstream_e2e::process::{eventually, output};
+use millstream_e2e::process::{eventually, let_pass, output};
 use millstream_e2e::registry::{Registry, RegistryOptions, Tls, free_address};
 use millstream_e2e::stage::{CLI, can_be_set};
 use millstream_e2e::workdir::Workdir;
@@ -50,7 +50,7 @@ fn stage() -> Stage {
         .layer(vec![Entry::file("large", noise(1, LARGE))], Packing::Gzip)
         .layer(vec![Entry::file("cold", cold)], Packing::Gzip);
     let info = image.write(&layout, "app").unwrap();
-    pause().unwrap().write(&layout, "pause").unwrap();
+    let_pass().unwrap().write(&layout, "pause").unwrap();
     let inner = free_address().unwrap();
     let options = RegistryOptions { address: inner, tls: None, login: None };
     let registry = Registry::start(&work, options.clone()).unwrap();
@@ -129,7 +129,7 @@ impl Stage {
     fn read(&self, first: u64, between: Duration) -> Vec<Duration> {
         let file = File::open(self.cold()).unwrap();
         let read = |n: u64| {
-            std::thread::sleep(between);
+            let_pass(between);
             let started = Instant::now();
             file.read_exact_at(&mut [0; 4096], (first + n) * APART).unwrap();
             started.elapsed()
@@ -166,7 +166,7 @@ fn background_downloads_fill_an_idle_line_and_give_way_to_readers() {
     eventually("the background download", PATIENCE, || (stage.progress() > 0.02).then_some(())).unwrap();
     say("a read during a background download", &stage.read(READS, between));
 
-    std::thread::sleep(between);
+    let_pass(between);
     let (started, before, from) = (Instant::now(), stage.received(), stage.progress());
     let whole =
         eventually("most of the layer", PATIENCE, || Some(stage.progress()).filter(|part| *part > 0.95)).unwrap();
