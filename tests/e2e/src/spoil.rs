@@ -145,7 +145,10 @@ fn carry(
             format!("Docker-Content-Digest: sha256:{digest}"),
         ];
         send_head(&mut client, head.iter())?;
-        return Ok(if method == "HEAD" { () } else { client.write_all(&body)? });
+        if method != "HEAD" {
+            client.write_all(&body)?;
+        }
+        return Ok(());
     }
     let blob = request.first().is_some_and(|line| line.contains("/blobs/sha256:"));
     let spoiling = if blob { spoiling } else { Spoiling::None };
