@@ -62,7 +62,6 @@ e2e: toolchain ## tests with real containerd, runc, registry and mounts only; ne
 	tests/tools/test.sh --workspace $(patsubst tests/e2e/tests/%.rs,--test %,$(wildcard tests/e2e/tests/*.rs))
 
 clients: toolchain ## the releases of containerd and the clients of the README's table (builds them); needs root
-	tests/tools/install.sh
 	tests/tools/install.sh clients
 	cargo test --workspace --no-run --locked
 	tests/tools/test.sh --workspace --test clients --test config_files -- --ignored

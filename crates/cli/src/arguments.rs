@@ -62,7 +62,7 @@ pub(crate) enum Command {
     },
     /// Check this node: kernel, disk, daemons, server, containerd and its configuration.
     Doctor(DoctorArguments),
-    /// Import an image on the server, so that nodes can stream it.
+    /// Import an image on the server, so that nodes can stream it; without a server, index one that containerd here has.
     Import {
         /// Reference with a tag or a digest.
         image: String,
@@ -222,9 +222,13 @@ fn pull_platform(text: &str) -> Result<Platform, String> {
 
 #[derive(Debug, Args)]
 pub(crate) struct ServerArguments {
-    /// `https://HOST:PORT` of millstream-server; `http://` only for a loopback address.
+    /// `https://HOST:PORT` of millstream-server; `http://` only for a loopback address. Absent: the server embedded in
+    /// millstreamd on this node, which takes the image from containerd and downloads nothing.
     #[arg(long, env = "MILLSTREAM_SERVER", value_name = "URL")]
-    pub(crate) server: String,
+    pub(crate) server: Option<String>,
+    /// Namespace of containerd that has the image, for the embedded server. Absent: whichever has it.
+    #[arg(long, conflicts_with = "server", value_name = "NAME")]
+    pub(crate) namespace: Option<String>,
     /// PEM file with the certificates that may have signed the server's.
     #[arg(long, env = "MILLSTREAM_CA", value_name = "FILE")]
     pub(crate) ca: Option<PathBuf>,

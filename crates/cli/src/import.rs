@@ -1,16 +1,34 @@
-//! `millstream import`: progress of the server's work.
+//! `millstream import`: progress of the server's work, or of the embedded server's.
 
 use std::io::Read;
 
 use anyhow::{Context, bail};
 use indicatif::{HumanBytes, ProgressBar, ProgressStyle};
 use millstream_wire::millstream::v1 as wire;
+use tonic::Streaming;
 
 use crate::arguments::{Output, ServerArguments};
+use crate::connect::Node;
 use crate::exit::Failure;
 use crate::{connect, show};
 
-pub(crate) async fn run(image: &str, arguments: &ServerArguments, output: Output) -> anyhow::Result<String> {
+pub(crate) async fn run(
+    image: &str,
+    arguments: &ServerArguments,
+    node: &Node,
+    output: Output,
+) -> anyhow::Result<String> {
+    let Some(server) = &arguments.server else {
+        if arguments.username.is_some() {
+            bail!("--username is for the registry, which the embedded server does not ask; hint: give --server, too");
+        }
+        let name = node.name();
+        let namespace = arguments.namespace.clone().unwrap_or_default();
+        let request = wire::IndexImageRequest { image: image.to_owned(), namespace };
+        let stream = node.connect().await?.index_image(request).await;
+        let stream = stream.map_err(Failure::from).with_context(|| format!("importing {image} at {name}"))?;
+        return follow(image, &name, stream.into_inner(), output).await;
+    };
     let credential = arguments.username.as_ref().map(|username| {
         let mut password = String::new();
         std::io::stdin().read_to_string(&mut password).context("reading the password from standard input")?;
@@ -20,9 +38,20 @@ pub(crate) async fn run(image: &str, arguments: &ServerArguments, output: Output
     });
     let request = wire::ImportRequest { image: image.to_owned(), credential: credential.transpose()?, platform: None };
     let identity = arguments.cert.as_deref().zip(arguments.key.as_deref());
-    let mut client = connect::server(&arguments.server, arguments.ca.as_deref(), identity).await?;
-    let tried = || format!("importing {image} at {}", arguments.server);
-    let mut stream = client.import(request).await.map_err(Failure::from).with_context(tried)?.into_inner();
+    let mut client = connect::server(server, arguments.ca.as_deref(), identity).await?;
+    let stream = client.import(request).await;
+    let stream = stream.map_err(Failure::from).with_context(|| format!("importing {image} at {server}"))?;
+    follow(image, server, stream.into_inner(), output).await
+}
+
+/// Shows progress until the end.
+async fn follow(
+    image: &str,
+    server: &str,
+    mut stream: Streaming<wire::ImportProgress>,
+    output: Output,
+) -> anyhow::Result<String> {
+    let tried = || format!("importing {image} at {server}");
     // Hidden by itself where standard error is no terminal.
     let bar =
         ProgressBar::new(0).with_style(ProgressStyle::with_template("{bytes}/{total_bytes} {bar:40} layers {msg}")?);
@@ -35,5 +64,5 @@ pub(crate) async fn run(image: &str, arguments: &ServerArguments, output: Output
             return show::imported(image, &HumanBytes(progress.bytes_total).to_string(), &done, output);
         }
     }
-    bail!("{} ended the import of {image} without a result; hint: look into its log", arguments.server)
+    bail!("{server} ended the import of {image} without a result; hint: look into its log")
 }

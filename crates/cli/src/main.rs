@@ -61,7 +61,7 @@ async fn run(arguments: Arguments) -> anyhow::Result<Outcome> {
         Command::Pull(wanted) => pull::run(&wanted, &node, output).await?,
         Command::Gc { dry_run } => ask::gc(&node, dry_run, output).await?,
         Command::Doctor(arguments) => return doctor::run(&arguments, socket.as_deref(), output).await,
-        Command::Import { image, server } => import::run(&image, &server, output).await?,
+        Command::Import { image, server } => import::run(&image, &server, &node, output).await?,
         Command::Streaming { state } => ask::streaming(&node, state, output).await?,
         Command::Hydration { state } => ask::hydration(&node, state, output).await?,
         Command::Config(command) => settings::run(&command, output)?,

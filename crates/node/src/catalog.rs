@@ -1,11 +1,14 @@
 //! What the node remembers of images over restarts: which layers they have, where they came from, what was decided.
 
 use std::sync::Arc;
+use std::time::{SystemTime, UNIX_EPOCH};
 
 use anyhow::Context;
 use millstream_oci::{ChainId, DiffId, Digest, ManifestDigest, chain_ids};
 use redb::{Database, ReadableDatabase, ReadableTable, TableDefinition};
 use serde::{Deserialize, Serialize};
+
+use crate::index::IndexRecord;
 
 /// `REPOSITORY@MANIFEST` to [`ImageRecord`] as JSON.
 const IMAGES: TableDefinition<'_, &str, &[u8]> = TableDefinition::new("node_images");
@@ -13,6 +16,8 @@ const IMAGES: TableDefinition<'_, &str, &[u8]> = TableDefinition::new("node_imag
 const DECISIONS: TableDefinition<'_, u64, &[u8]> = TableDefinition::new("node_decisions");
 /// Name to value.
 const SWITCHES: TableDefinition<'_, &str, bool> = TableDefinition::new("node_switches");
+/// `REPOSITORY@MANIFEST` to [`IndexRecord`] as JSON.
+const TO_INDEX: TableDefinition<'_, &str, &[u8]> = TableDefinition::new("node_to_index");
 const STREAMING: &str = "streaming";
 /// Decisions that are kept; the oldest go first.
 const MAX_DECISIONS: u64 = 1000;
@@ -29,6 +34,9 @@ pub struct LayerRecord {
     /// Why it cannot be streamed, if it cannot.
     #[serde(default, skip_serializing_if = "Option::is_none")]
     pub ineligible: Option<String>,
+    /// Whether it only cannot be streamed yet.
+    #[serde(default, skip_serializing_if = "std::ops::Not::not")]
+    pub pending: bool,
 }
 
 /// An image that was or is lazy here.
@@ -68,6 +76,16 @@ pub struct Decision {
     pub decided_at: i64,
 }
 
+impl Decision {
+    /// One that is made now.
+    #[must_use]
+    pub fn now(image: String, manifest: String, outcome: &str, code: &str, reason: String) -> Self {
+        let since = SystemTime::now().duration_since(UNIX_EPOCH).unwrap_or_default();
+        let decided_at = i64::try_from(since.as_secs()).unwrap_or(i64::MAX);
+        Self { image, manifest, outcome: outcome.to_owned(), code: code.to_owned(), reason, decided_at }
+    }
+}
+
 /// The tables of the node in the shared database.
 #[derive(Debug, Clone)]
 pub struct Catalog {
@@ -84,6 +102,7 @@ impl Catalog {
         write.open_table(IMAGES)?;
         write.open_table(DECISIONS)?;
         write.open_table(SWITCHES)?;
+        write.open_table(TO_INDEX)?;
         write.commit()?;
         Ok(Self { db })
     }
@@ -187,6 +206,54 @@ impl Catalog {
         Ok(decisions)
     }
 
+    /// Remembers that an image is to be indexed.
+    ///
+    /// # Errors
+    /// Those of the database.
+    pub fn put_to_index(&self, name: &str, record: &IndexRecord) -> anyhow::Result<()> {
+        let write = self.db.begin_write()?;
+        write.open_table(TO_INDEX)?.insert(name, serde_json::to_vec(record)?.as_slice())?;
+        write.commit()?;
+        Ok(())
+    }
+
+    /// Forgets that an image is to be indexed.
+    ///
+    /// # Errors
+    /// Those of the database.
+    pub fn remove_to_index(&self, name: &str) -> anyhow::Result<()> {
+        let write = self.db.begin_write()?;
+        write.open_table(TO_INDEX)?.remove(name)?;
+        write.commit()?;
+        Ok(())
+    }
+
+    /// The image of this name, if it is to be indexed.
+    ///
+    /// # Errors
+    /// Those of the database, or a record that cannot be read.
+    pub fn one_to_index(&self, name: &str) -> anyhow::Result<Option<IndexRecord>> {
+        let table = self.db.begin_read()?.open_table(TO_INDEX)?;
+        let Some(value) = table.get(name)? else { return Ok(None) };
+        serde_json::from_slice(value.value()).with_context(|| format!("image {name} to index")).map(Some)
+    }
+
+    /// Images to index, by name. Records that cannot be read are left out.
+    ///
+    /// # Errors
+    /// Those of the database.
+    pub fn to_index(&self) -> anyhow::Result<Vec<(String, IndexRecord)>> {
+        let table = self.db.begin_read()?.open_table(TO_INDEX)?;
+        let mut images = Vec::new();
+        for entry in table.iter()? {
+            let (key, value) = entry?;
+            if let Ok(record) = serde_json::from_slice(value.value()) {
+                images.push((key.value().to_owned(), record));
+            }
+        }
+        Ok(images)
+    }
+
     /// Whether new images are streamed; true until it was switched off.
     ///
     /// # Errors
@@ -235,6 +302,7 @@ mod tests {
     fn images_are_forgotten_with_their_last_layer() {
         let (_dir, catalog) = catalog();
         let layer = |text: &str| LayerRecord {
+            pending: false,
             digest: Digest::of(text.as_bytes()),
             diff_id: DiffId(Digest::of(b"d")),
             ineligible: None,

@@ -5,13 +5,13 @@ use std::sync::Arc;
 use std::sync::atomic::{AtomicBool, Ordering};
 
 use millstream_chunkstore::{Layer, LayerState};
-use millstream_oci::Digest;
-use millstream_source::names;
+use millstream_oci::{Digest, ImageRef};
+use millstream_source::{ErrorKind, SourceError, names};
 use millstream_wire::millstream::v1 as wire;
 use millstream_wire::millstream::v1::node_server::Node;
 use tokio::sync::mpsc;
 use tokio_stream::wrappers::ReceiverStream;
-use tonic::{Request, Response, Status};
+use tonic::{Code, Request, Response, Status};
 use tracing::info;
 
 use crate::catalog::Decision;
@@ -60,6 +60,8 @@ impl Control {
 
 #[tonic::async_trait]
 impl Node for Control {
+    type IndexImageStream = millstream_server::ImportStream;
+
     async fn status(&self, _request: Request<wire::StatusRequest>) -> Result<Response<wire::StatusResponse>, Status> {
         let mut images: BTreeMap<Digest, Vec<String>> = BTreeMap::new();
         for (_, record) in self.images.catalog.images().map_err(internal)? {
@@ -179,6 +181,31 @@ impl Node for Control {
             layers.into_iter().map(|(layer, bytes)| wire::GarbageLayer { layer: layer.to_string(), bytes }).collect();
         Ok(Response::new(wire::GcResponse { layers }))
     }
+
+    async fn index_image(
+        &self,
+        request: Request<wire::IndexImageRequest>,
+    ) -> Result<Response<Self::IndexImageStream>, Status> {
+        let wire::IndexImageRequest { image, namespace } = request.into_inner();
+        let embedded = self.images.origins.embedded.as_ref().ok_or_else(|| {
+            Status::failed_precondition(
+                "this node has no embedded server; hint: millstream import IMAGE --server ADDRESS",
+            )
+        })?;
+        let image: ImageRef = image.parse().map_err(|error| Status::invalid_argument(format!("{image:?}: {error}")))?;
+        let namespace = Some(namespace.as_str()).filter(|namespace| !namespace.is_empty());
+        embedded.import(&image, namespace).await.map(Response::new).map_err(refused)
+    }
+}
+
+/// A failed request to containerd, for the command line.
+fn refused(error: SourceError) -> Status {
+    let code = match error.kind {
+        ErrorKind::NotFound => Code::NotFound,
+        ErrorKind::Exhausted => Code::ResourceExhausted,
+        _ => Code::Unavailable,
+    };
+    Status::new(code, error.message)
 }
 
 fn to_wire(decision: Decision) -> wire::Decision {

@@ -8,7 +8,7 @@ use std::time::{Duration, Instant, SystemTime, UNIX_EPOCH};
 
 use async_trait::async_trait;
 use millstream_chunkstore::{Layer, LayerState, Store};
-use millstream_oci::{Digest, ManifestDigest};
+use millstream_oci::{ChainId, Digest, ManifestDigest};
 use millstream_prefetch::{FetchEvents, Fetcher};
 use millstream_snapshots::{
     ImageDecision, LazyImages, PrepareOutcome, PrepareRequest, Reason, Usage, ViewFailure, outcome,
@@ -172,6 +172,7 @@ impl NodeImages {
             outcome::Answer::Got((record, tocs)) => {
                 let layers = record.layers.iter().map(|layer| match &layer.ineligible {
                     None => outcome::LayerAnswer::Eligible,
+                    Some(reason) if layer.pending => outcome::LayerAnswer::Pending { reason: reason.clone() },
                     Some(reason) => outcome::LayerAnswer::Ineligible { reason: reason.clone() },
                 });
                 (outcome::Answer::Got(layers.collect()), record, tocs)
@@ -216,11 +217,12 @@ impl NodeImages {
         let known_layers = self.store.layers().into_iter().map(|layer| layer.digest());
         let known_layers =
             known_layers.filter(|digest| !self.dying().contains(digest)).take(MAX_KNOWN_LAYERS).collect();
-        let served = origin.server()?.image(&origin.scope, known_layers).await?;
+        let served = origin.image(known_layers).await?;
         let layers = served.layers.iter().map(|layer| LayerRecord {
             digest: layer.digest,
             diff_id: layer.diff_id,
             ineligible: layer.toc.as_ref().err().cloned().or_else(|| self.other_table(layer)),
+            pending: layer.pending,
         });
         let record =
             ImageRecord { image: origin.image.clone(), manifest: origin.scope.manifest, layers: layers.collect() };
@@ -599,6 +601,12 @@ impl LazyImages for SharedImages {
                 warn!(error = format!("{error:#}"), "layers are not removed now; the next start removes them");
             }
         });
+    }
+
+    fn committed(&self, target: ChainId) {
+        if let Some(embedded) = &self.0.origins.embedded {
+            embedded.indexer().committed(target);
+        }
     }
 
     fn usage(&self, layer: &Digest) -> Usage {

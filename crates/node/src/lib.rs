@@ -3,10 +3,13 @@
 pub mod below;
 pub mod catalog;
 pub mod content;
+pub mod content_store;
 pub mod control;
 pub mod counted;
+pub mod embedded;
 pub mod garbage;
 pub mod images;
+pub mod index;
 pub mod labels;
 pub mod lookup;
 pub mod make_local;

@@ -151,7 +151,7 @@ impl Lookup {
         let layers = match read_layers(space, info).await {
             Ok(layers) => Some(Arc::new(layers)),
             Err(Unfit::Image(why)) => {
-                debug!(manifest = %info.digest, why, "a manifest in containerd's content store is passed over");
+                debug!(manifest = %info.digest, reason = why, "a manifest in containerd's content store is passed over");
                 None
             }
             // Collected meanwhile, or its configuration has not come yet: another look may find it.

@@ -319,7 +319,7 @@ mod tests {
         let fetcher = Fetcher::new(Arc::clone(&store), FetchOptions::default(), Arc::new(Reporter), runtime);
         let views = Arc::new(Views::new(Arc::clone(&store), Arc::new(LayerFs::new()), root.join("m")));
         let registry = Registries::new(RegistryOptions::default()).unwrap();
-        let origins = Origins { registry, server: None, docker_config: None, metrics: metrics.clone() };
+        let origins = Origins { registry, server: None, embedded: None, docker_config: None, metrics: metrics.clone() };
         let catalog = Catalog::open(db).unwrap();
         Arc::new(NodeImages::new(store, fetcher, views, catalog, origins, None, Duration::from_secs(1)))
     }

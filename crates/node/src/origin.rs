@@ -12,16 +12,19 @@ use millstream_registry::{Credential, Registry, Repository, docker_config_creden
 use millstream_source::{BlobSource, ErrorKind, SourceError, WindowSource};
 
 use crate::counted::counted;
+use crate::embedded::{Embedded, pending_reason};
 use crate::metrics::NodeMetrics;
-use crate::server_client::{ImageScope, Server, ServerSource};
+use crate::server_client::{ImageScope, ServedImage, Server, ServerSource};
 
 /// The outside world of this node.
 #[derive(Debug, Clone)]
 pub struct Origins {
     /// All registries.
     pub registry: Registry,
-    /// The server, if one is configured.
+    /// The server, if there is one.
     pub server: Option<Server>,
+    /// What stands behind it if it is in this process.
+    pub embedded: Option<Embedded>,
     /// A docker `config.json` with credentials.
     pub docker_config: Option<PathBuf>,
     /// Counts requests for content.
@@ -38,6 +41,7 @@ pub struct Origin {
     /// The image as the server is asked for it.
     pub scope: ImageScope,
     server: Option<Server>,
+    embedded: Option<Embedded>,
     metrics: NodeMetrics,
 }
 
@@ -56,6 +60,7 @@ impl Origins {
             repository: Arc::new(self.registry.repository(image, credential.clone())),
             scope: ImageScope { repository: image.name(), manifest, credential },
             server: self.server.clone(),
+            embedded: self.embedded.clone(),
             metrics: self.metrics.clone(),
         })
     }
@@ -70,9 +75,36 @@ impl Origin {
         self.server.as_ref().ok_or_else(|| {
             SourceError::new(
                 ErrorKind::Unavailable,
-                "no server is configured; hint: set server.address in millstreamd.toml",
+                "no server is configured; hint: set server.address or server.embedded in millstreamd.toml",
             )
         })
+    }
+
+    /// Eligibility and TOCs of the image, without those of layers that are `known`. What the embedded server was never told of
+    /// it learns here, as far as it can.
+    ///
+    /// # Errors
+    /// As [`Server::image`].
+    pub async fn image(&self, known: Vec<Digest>) -> Result<ServedImage, SourceError> {
+        let server = self.server()?;
+        let Some(embedded) = &self.embedded else { return server.image(&self.scope, known).await };
+        let first = server.image(&self.scope, known.clone()).await;
+        let mut served = match first {
+            Ok(served) if !served.layers.iter().any(|layer| layer.pending) => return Ok(served),
+            Ok(served) => match embedded.prepare(self).await {
+                Ok(()) => server.image(&self.scope, known).await?,
+                Err(_) => served,
+            },
+            Err(error) if error.kind == ErrorKind::NotImported => {
+                embedded.prepare(self).await?;
+                server.image(&self.scope, known).await?
+            }
+            Err(error) => return Err(error),
+        };
+        for layer in served.layers.iter_mut().filter(|layer| layer.pending) {
+            layer.toc = Err(pending_reason());
+        }
+        Ok(served)
     }
 
     /// Sources for the fetcher.

@@ -13,15 +13,21 @@ use async_trait::async_trait;
 use bytes::Bytes;
 use millstream_oci::{DiffId, Digest, ManifestDigest};
 use millstream_registry::Credential;
+use millstream_server::ImagesService;
 use millstream_settings::node::ServerSettings;
 use millstream_source::{ContentSource, ErrorKind, Skeleton, SourceError, WindowSource};
 use millstream_toc::DataRange;
 use millstream_wire::millstream::v1 as wire;
 use millstream_wire::millstream::v1::get_image_response::Part;
 use millstream_wire::millstream::v1::images_client::ImagesClient;
+use millstream_wire::millstream::v1::images_server::ImagesServer;
 use tokio_stream::StreamExt;
-use tonic::transport::{Certificate, Channel, ClientTlsConfig, Endpoint, Identity};
+use tonic::body::Body;
+use tonic::codegen::http;
+use tonic::transport::{Certificate, ClientTlsConfig, Endpoint, Identity};
 use tonic::{Code, Status};
+use tower::ServiceExt;
+use tower::util::BoxCloneSyncService;
 
 /// Bytes of one message; the server sends TOCs and content in pieces well below.
 const MAX_MESSAGE: usize = 32 * 1024 * 1024;
@@ -50,15 +56,22 @@ pub struct ServedLayer {
     pub diff_id: DiffId,
     /// SHA-256 of the canonical TOC, or why the layer cannot be streamed.
     pub toc: Result<Digest, String>,
+    /// Whether it cannot be streamed only because its import is not complete.
+    pub pending: bool,
     /// The canonical TOC, unless it was declared as known in the request.
     pub bytes: Option<Vec<u8>>,
 }
 
-/// A connection to `millstream-server`, made when it is first used and again after it broke.
+/// What carries requests: a connection, or the service itself.
+type Transport = BoxCloneSyncService<http::Request<Body>, http::Response<Body>, Status>;
+
+/// A server: `millstream-server`, by a connection that is made when it is first used and again after it broke, or the service in
+/// this process, which is called directly.
 #[derive(Clone)]
 pub struct Server {
-    client: ImagesClient<Channel>,
+    client: ImagesClient<Transport>,
     metadata_bytes: Arc<AtomicU64>,
+    embedded: bool,
 }
 
 impl fmt::Debug for Server {
@@ -97,11 +110,29 @@ impl Server {
             }
             endpoint = endpoint.tls_config(tls)?;
         }
-        let client = ImagesClient::new(endpoint.connect_lazy()).max_decoding_message_size(MAX_MESSAGE);
-        Ok(Some(Self { client, metadata_bytes: Arc::default() }))
+        let channel = endpoint.connect_lazy().map_err(|error| Status::from_error(error.into()));
+        Ok(Some(Self::over(BoxCloneSyncService::new(channel), false)))
     }
 
-    /// Bytes of TOCs, windows and skeletons as they came over the wire.
+    /// The service in this process. Requests and answers are the same messages; only there is no wire between.
+    #[must_use]
+    pub fn embedded(service: ImagesService) -> Self {
+        let service = ServiceExt::<http::Request<Body>>::map_err(ImagesServer::new(service), |never| match never {});
+        Self::over(BoxCloneSyncService::new(service), true)
+    }
+
+    fn over(transport: Transport, embedded: bool) -> Self {
+        let client = ImagesClient::new(transport).max_decoding_message_size(MAX_MESSAGE);
+        Self { client, metadata_bytes: Arc::default(), embedded }
+    }
+
+    fn count(&self, bytes: u64) {
+        if !self.embedded {
+            self.metadata_bytes.fetch_add(bytes, Ordering::Relaxed);
+        }
+    }
+
+    /// Bytes of TOCs, windows and skeletons as they came over the wire; those of the service in this process do not.
     #[must_use]
     pub fn metadata_bytes(&self) -> u64 {
         self.metadata_bytes.load(Ordering::Relaxed)
@@ -109,6 +140,9 @@ impl Server {
 
     /// Connects in the background, so that the first pull does not pay for the handshake.
     pub fn warm_up(&self) {
+        if self.embedded {
+            return;
+        }
         let mut client = self.client.clone();
         tokio::spawn(async move {
             // Any request opens the connection; the empty scope is refused without work.
@@ -148,7 +182,7 @@ impl Server {
                 None => {}
             }
         }
-        self.metadata_bytes.fetch_add(total, Ordering::Relaxed);
+        self.count(total);
         let image = image.ok_or_else(|| malformed("no description of the image"))?;
         let served = unpack(image, packed).await?;
         if served.manifest != scope.manifest {
@@ -169,7 +203,8 @@ async fn unpack(image: wire::Image, mut packed: HashMap<Digest, Vec<u8>>) -> Res
                 None => None,
                 Some(bytes) => Some(unpack_toc(bytes, toc.as_ref().ok())?),
             };
-            layers.push(ServedLayer { digest, diff_id: parse(&layer.diff_id)?, toc, bytes });
+            let (diff_id, pending) = (parse(&layer.diff_id)?, layer.pending);
+            layers.push(ServedLayer { digest, diff_id, toc, pending, bytes });
         }
         packed.clear();
         Ok(ServedImage { manifest: parse(&image.manifest_digest)?, layers })
@@ -246,7 +281,7 @@ impl WindowSource for ServerSource {
                     windows.push(unpack_window(&packed)?);
                 }
             }
-            self.server.metadata_bytes.fetch_add(received, Ordering::Relaxed);
+            self.server.count(received);
             Ok(windows)
         };
         let windows: Vec<Bytes> = bounded("windows", receive).await?;
@@ -327,7 +362,8 @@ fn malformed(what: &str) -> SourceError {
     SourceError::new(ErrorKind::Malformed, format!("answer of the server: {what}"))
 }
 
-fn failed(what: &str, status: &Status) -> SourceError {
+/// What the server refused, in our terms; `what` was being done.
+pub(crate) fn failed(what: &str, status: &Status) -> SourceError {
     let message = if status.message().is_empty() { status.code().description() } else { status.message() };
     SourceError::new(kind_of(status.code()), format!("server: {what}: {message}"))
 }

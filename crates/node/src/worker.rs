@@ -32,8 +32,10 @@ use tracing::{error, info, warn};
 use crate::catalog::Catalog;
 use crate::content::NodeContent;
 use crate::control::Control;
+use crate::embedded::{Embedded, EmbeddedOptions};
 use crate::garbage::Garbage;
 use crate::images::{NodeImages, Reporter, SharedImages};
+use crate::index::Indexer;
 use crate::lookup::Lookup;
 use crate::metrics::NodeMetrics;
 use crate::origin::Origins;
@@ -99,14 +101,24 @@ pub async fn run(settings: &Settings, inherited: Inheritance, restarts: u64) -> 
         max_connections_per_host: settings.fetch.connections,
         ..RegistryOptions::default()
     })?;
-    let server = Server::new(&settings.server)?;
+    let containerd = &settings.containerd.address;
+    let containerd = (!containerd.as_os_str().is_empty()).then(|| Containerd::new(ContainerdOptions::new(containerd)));
+    let lookup = containerd.clone().map(|containerd| Lookup::new(containerd, settings.registry.hosts_dir.clone()));
+    let catalog = Catalog::open(Arc::clone(&db))?;
+    let embedded = embedded_server(settings, &registry, containerd, &store, &catalog);
+    let server = match &embedded {
+        Some(embedded) => Some(Server::embedded(embedded.service())),
+        None => Server::new(&settings.server)?,
+    };
     let metrics = NodeMetrics::default();
     let docker_config = settings.registry.docker_config.clone();
-    let origins = Origins { registry, server: server.clone(), docker_config, metrics: metrics.clone() };
-
-    let containerd = &settings.containerd.address;
-    let lookup = (!containerd.as_os_str().is_empty())
-        .then(|| Lookup::new(Containerd::new(ContainerdOptions::new(containerd)), settings.registry.hosts_dir.clone()));
+    let origins = Origins {
+        registry,
+        server: server.clone(),
+        embedded: embedded.clone(),
+        docker_config,
+        metrics: metrics.clone(),
+    };
 
     // mechanism
     let fetch = FetchOptions {
@@ -122,7 +134,6 @@ pub async fn run(settings: &Settings, inherited: Inheritance, restarts: u64) -> 
     views.restore()?;
 
     // where they meet
-    let catalog = Catalog::open(Arc::clone(&db))?;
     let images = Arc::new(NodeImages::new(
         Arc::clone(&store),
         Arc::clone(&fetcher),
@@ -157,6 +168,9 @@ pub async fn run(settings: &Settings, inherited: Inheritance, restarts: u64) -> 
     if let Some(server) = server {
         server.warm_up();
     }
+    if let Some(embedded) = embedded {
+        tokio::spawn(async move { Arc::clone(embedded.indexer()).work(embedded).await });
+    }
     if let Some(address) = settings.metrics.listen {
         page::show(address, &metrics, Arc::clone(&images), Arc::clone(&db), mountpoint(settings), restarts).await;
     }
@@ -172,6 +186,35 @@ pub async fn run(settings: &Settings, inherited: Inheritance, restarts: u64) -> 
         warn!(%error, "not everything is synced; it is fetched again after the next start");
     }
     result
+}
+
+/// The server in this process, for a node that is told of no other. Where its place on the disk cannot be used, the node works
+/// without: what is here is served, new images are pulled as always.
+fn embedded_server(
+    settings: &Settings,
+    registry: &Registry,
+    containerd: Option<Containerd>,
+    store: &Arc<Store>,
+    catalog: &Catalog,
+) -> Option<Embedded> {
+    if !settings.server.address.is_empty() || !settings.server.embedded {
+        return None;
+    }
+    let options = EmbeddedOptions { directory: settings.root.join("server"), limit: settings.server.embedded_limit };
+    let opened = Indexer::new(catalog.clone()).and_then(|indexer| {
+        Embedded::open(options, registry.clone(), containerd, Arc::clone(store), Arc::new(indexer))
+    });
+    match opened {
+        Ok(embedded) => Some(embedded),
+        Err(error) => {
+            error!(
+                { names::CODE } = "node.local",
+                error = format!("{error:#}"),
+                "the embedded server cannot be used: new images are pulled the ordinary way"
+            );
+            None
+        }
+    }
 }
 
 /// Every layer keeps its data file open, and the usual limit of 1024 descriptors is that of a few dozen images.

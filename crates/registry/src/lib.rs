@@ -17,5 +17,6 @@ pub use credential::{Credential, Secret};
 pub use docker_config::docker_config_credential;
 pub use hosts::registries_at;
 pub use millstream_oci::TagOrDigest;
+pub use millstream_source::Fetched;
 pub use options::RegistryOptions;
-pub use repository::{Fetched, Registry, Repository};
+pub use repository::{Registry, Repository};

@@ -7,7 +7,7 @@ use async_trait::async_trait;
 use bytes::Bytes;
 use futures::{StreamExt, stream};
 use millstream_oci::{DOCUMENT_MEDIA_TYPES, Digest, ImageRef, MAX_DOCUMENT_SIZE, ManifestDigest, TagOrDigest};
-use millstream_source::{BlobSource, ByteStream, ErrorKind, Retry, SourceError};
+use millstream_source::{BlobSource, ByteStream, ErrorKind, Fetched, ImageSource, Retry, SourceError};
 use millstream_toc::BlobRange;
 use reqwest::header::{ACCEPT, AUTHORIZATION, CONTENT_RANGE, CONTENT_TYPE, HeaderMap, HeaderValue, RANGE};
 use reqwest::{Method, StatusCode, Url};
@@ -62,17 +62,6 @@ impl Registry {
             routes: Mutex::default(),
         }
     }
-}
-
-/// A manifest or an index.
-#[derive(Debug, Clone, PartialEq, Eq)]
-pub struct Fetched {
-    /// Its bytes.
-    pub bytes: Bytes,
-    /// The `Content-Type` it came with.
-    pub content_type: Option<String>,
-    /// Its digest, computed from the bytes.
-    pub digest: ManifestDigest,
 }
 
 /// One repository, reached with one credential at the hosts that are configured for its registry.
@@ -336,6 +325,17 @@ impl BlobSource for Repository {
         let (answer, endpoint) = self.ask(&Ask::Range(blob, range)).await?;
         self.remember(blob, endpoint, &answer);
         answer.exactly(range.len())
+    }
+}
+
+#[async_trait]
+impl ImageSource for Repository {
+    async fn document(&self, reference: TagOrDigest) -> Result<Fetched, SourceError> {
+        Self::document(self, reference).await
+    }
+
+    async fn whole_blob(&self, digest: &Digest, max: u64) -> Result<Bytes, SourceError> {
+        self.blob(digest, max).await
     }
 }
 

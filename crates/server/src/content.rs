@@ -51,6 +51,8 @@ const LOAD_PATIENCE: Duration = Duration::from_secs(30);
 const MAX_WINDOW: usize = 32 * 1024;
 /// How often a random chunk is drawn until one is found that is not a hole.
 const DRAWS: u64 = 64;
+/// A blob of at most this many bytes is read whole where no chunk of it can be shown.
+const SMALL_BLOB: u64 = 64 << 10;
 
 /// Reads content.
 pub(crate) struct Content {
@@ -221,8 +223,9 @@ impl Content {
         unpacked.await?.ok_or_else(damaged)
     }
 
-    /// Whether `source` really has the blob of `toc`: reads one chunk, chosen by chance, past every cache, or where spans are
-    /// closed one piece of the blob. `Ok(false)` when the layer has no content to ask for.
+    /// Whether `source` really has the blob of `toc`: reads one chunk, chosen by chance, past every cache; or where spans are
+    /// closed one piece of the blob; or the whole blob where a small one has no content. `Ok(false)` when there is nothing
+    /// to ask for.
     ///
     /// A TOC is found by the blob's digest alone, and a digest is no secret. Who cannot show the bytes is not given what is
     /// derived from them.
@@ -232,7 +235,9 @@ impl Content {
             return self.prove_piece(&blob, toc.blob_size(), source).await;
         }
         let seed = RandomState::new();
-        let Some(count) = Some(u64::from(toc.chunk_count())).filter(|count| *count > 0) else { return Ok(false) };
+        let Some(count) = Some(u64::from(toc.chunk_count())).filter(|count| *count > 0) else {
+            return prove_whole(toc, source).await;
+        };
         for draw in 0..DRAWS {
             let Ok(ix) = ChunkIx::try_from(seed.hash_one(draw) % count) else { break };
             if toc.is_hole(ix).map_err(toc_error(&blob))? {
@@ -312,6 +317,22 @@ impl Content {
             packed.first().and_then(|packed| crate::items::unpack(packed, MAX_WINDOW).ok()).ok_or_else(damaged)?;
         if toc.verify_window(span, &raw) { Ok(raw) } else { Err(damaged()) }
     }
+}
+
+/// As [`Content::prove`], by the whole blob; `Ok(false)` when that is large.
+async fn prove_whole(toc: &Toc, source: &dyn BlobSource) -> Result<bool, ServeError> {
+    let (blob, size) = (toc.blob_digest(), toc.blob_size());
+    if size > SMALL_BLOB {
+        return Ok(false);
+    }
+    let (sender, mut reader) = channel();
+    let read = blocking(move || std::iter::from_fn(|| reader.next()).flatten().collect::<Vec<u8>>());
+    let (pumped, bytes) = tokio::join!(pump(source, &blob, BlobRange::new(0, size), sender, &|_| ()), read);
+    pumped?;
+    if Digest::of(&bytes?) == blob {
+        return Ok(true);
+    }
+    Err(ServeError::Mismatch { what: format!("layer {blob}: the bytes that came have another digest") })
 }
 
 /// Decompresses what `reader` gives, which starts with span `first`.

@@ -35,7 +35,8 @@ pub(crate) fn layer_message(layer: &ImageLayer, toc: Result<Digest, String>) -> 
         Err(reason) => (String::new(), reason),
     };
     let (digest, diff_id) = (layer.digest.to_string(), layer.diff_id.to_string());
-    v1::Layer { digest, size: layer.size, diff_id, toc_digest, ineligible }
+    let pending = layer.pending;
+    v1::Layer { digest, size: layer.size, diff_id, toc_digest, ineligible, pending }
 }
 
 /// How far an import is, and what it led to once it is `done`.

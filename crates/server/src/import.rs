@@ -1,31 +1,24 @@
 //! Importing images: each layer that has no TOC yet is read once, whole.
 
-use std::collections::HashMap;
+use std::collections::{HashMap, HashSet};
 use std::path::PathBuf;
 use std::sync::atomic::{AtomicU32, AtomicU64, Ordering};
 use std::sync::{Arc, Mutex, PoisonError, Weak};
 use std::time::{Duration, Instant};
 
-use bytes::Bytes;
-use millstream_oci::{
-    Digest, Document, ImageRef, Manifest, ManifestDigest, Platform, TagOrDigest, parse_config, parse_document,
-    select_platform,
-};
-use millstream_registry::Repository;
+use millstream_oci::{Digest, ImageRef, ManifestDigest, Platform};
+use millstream_source::ImageSource;
 use millstream_toc::Budget;
 use tokio::sync::{OwnedSemaphorePermit, Semaphore};
 use tokio::task::JoinSet;
 
 use crate::ServeError;
 use crate::content::Content;
+use crate::describe::{Described, describe};
 use crate::layer::{Means, Outcome, WantedLayer, import_layer};
 use crate::metrics::{LayerResult, ServerMetrics};
-use crate::store::{ImageLayer, ImageRecord, Store};
+use crate::store::{ImageRecord, Store};
 
-/// Configs of real images have tens of kilobytes.
-const MAX_CONFIG: u64 = 8 << 20;
-/// Layers that containerd and its relatives still mount number 127 and less; this only bounds the work.
-const MAX_LAYERS: usize = 1000;
 /// Layers of one image that wait for or use a builder at a time.
 const LAYERS_AT_ONCE: usize = 4;
 
@@ -43,6 +36,8 @@ pub struct ImportOptions {
     /// Layers that cannot be entered every 16 MiB of output are kept as packed content, if they have at most this many bytes
     /// of it; zero: none are, and such layers cannot be streamed.
     pub packed_max: u64,
+    /// Whether layers are built at the lowest priority, on threads of their own: on a machine that has other work.
+    pub idle: bool,
     /// What one layer may cost; one that costs more is not streamed.
     pub budget: Budget,
 }
@@ -55,6 +50,7 @@ impl Default for ImportOptions {
             deadline: Duration::from_secs(3600),
             scratch: std::env::temp_dir(),
             packed_max: 16 << 30,
+            idle: false,
             budget: Budget::default(),
         }
     }
@@ -77,13 +73,21 @@ pub(crate) struct Imported {
     pub(crate) ineligible: Vec<(Digest, String)>,
 }
 
+/// One import under way.
+struct Job {
+    source: Arc<dyn ImageSource>,
+    /// Layers that were proven for this very image before.
+    proven: HashSet<Digest>,
+    progress: Arc<Progress>,
+}
+
 /// The right to import one image.
 pub(crate) struct ImportPermit(#[expect(dead_code, reason = "held for its drop")] OwnedSemaphorePermit);
 
 /// Imports images.
 pub(crate) struct Importer {
-    store: Store,
-    content: Arc<Content>,
+    pub(crate) store: Store,
+    pub(crate) content: Arc<Content>,
     options: ImportOptions,
     metrics: ServerMetrics,
     images: Arc<Semaphore>,
@@ -105,17 +109,17 @@ impl Importer {
         Arc::clone(&self.images).try_acquire_owned().map(ImportPermit).map_err(exhausted)
     }
 
-    /// Imports what `image` names in `repository`, for `platform` where it is an image index. Idempotent.
+    /// Imports what `image` names in `source`, for `platform` where it is an image index. Idempotent.
     pub(crate) async fn import(
         self: &Arc<Self>,
         _permit: ImportPermit,
-        repository: &Arc<Repository>,
+        source: &Arc<dyn ImageSource>,
         image: &ImageRef,
         platform: &Platform,
         progress: &Arc<Progress>,
     ) -> Result<Imported, ServeError> {
         let begun = Instant::now();
-        let work = self.import_unbounded(repository, image, platform, progress);
+        let work = self.import_unbounded(source, image, platform, progress);
         let imported = tokio::time::timeout(self.options.deadline, work).await;
         let imported = imported.unwrap_or(Err(ServeError::TimedOut { what: "the import" }));
         self.metrics.imported(imported.is_ok(), begun.elapsed());
@@ -124,80 +128,70 @@ impl Importer {
 
     async fn import_unbounded(
         self: &Arc<Self>,
-        repository: &Arc<Repository>,
+        source: &Arc<dyn ImageSource>,
         image: &ImageRef,
         platform: &Platform,
         progress: &Arc<Progress>,
     ) -> Result<Imported, ServeError> {
-        let resolved = resolve(repository, image, platform).await?;
-        let layers = describe_layers(repository, image, &resolved.manifest).await?;
-        let mut reasons = self.import_layers(repository, &layers, progress).await?;
-        if let Some((digest, bytes)) = resolved.index {
+        let Described { manifest, layers, index } = describe(&**source, image, platform).await?;
+        let known = self.store.image(manifest, &image.name()).await?;
+        let proven = known.iter().flat_map(|known| &known.layers).filter(|layer| layer.is_ready());
+        let job = Job {
+            source: Arc::clone(source),
+            proven: proven.map(|layer| layer.digest).collect(),
+            progress: Arc::clone(progress),
+        };
+        let mut reasons = self.import_layers(&Arc::new(job), &layers).await?;
+        if let Some((digest, bytes)) = index {
             self.store.put_index(digest, bytes).await?;
         }
-        let layers = layers.into_iter().map(|layer| ImageLayer {
-            digest: layer.digest,
-            size: layer.size,
-            diff_id: layer.diff_id,
-            media: layer.media.to_string(),
-            ineligible: reasons.get(&layer.digest).cloned(),
+        let layers = layers.into_iter().map(|layer| {
+            let ineligible = reasons.get(&layer.digest).cloned();
+            layer.into_record(ineligible, false)
         });
-        let record = ImageRecord { repository: image.name(), manifest: resolved.digest, layers: layers.collect() };
+        let record = ImageRecord { repository: image.name(), manifest, layers: layers.collect() };
         self.store.put_image(&record).await?;
         let ineligible = record.layers.iter().filter_map(|layer| Some((layer.digest, reasons.remove(&layer.digest)?)));
-        Ok(Imported { manifest: resolved.digest, ineligible: ineligible.collect() })
+        Ok(Imported { manifest, ineligible: ineligible.collect() })
     }
 
     /// Imports every distinct layer; gives the reasons of those that cannot be streamed.
     async fn import_layers(
         self: &Arc<Self>,
-        repository: &Arc<Repository>,
+        job: &Arc<Job>,
         layers: &[WantedLayer],
-        progress: &Arc<Progress>,
     ) -> Result<HashMap<Digest, String>, ServeError> {
-        let mut distinct: Vec<&WantedLayer> = Vec::new();
-        for layer in layers {
-            match distinct.iter().find(|known| known.digest == layer.digest) {
-                // One blob has one size and one diff ID, however often it occurs.
-                Some(known) => layer.compare(known.diff_id, known.size)?,
-                None => distinct.push(layer),
-            }
-        }
+        let distinct = distinct(layers)?;
         let total = distinct.iter().map(|layer| layer.size).fold(0, u64::saturating_add);
-        progress.bytes_total.store(total, Ordering::Relaxed);
-        progress.layers_total.store(u32::try_from(distinct.len()).unwrap_or(u32::MAX), Ordering::Relaxed);
+        job.progress.bytes_total.store(total, Ordering::Relaxed);
+        job.progress.layers_total.store(u32::try_from(distinct.len()).unwrap_or(u32::MAX), Ordering::Relaxed);
         let mut waiting = distinct.into_iter();
         let mut running = JoinSet::new();
         let mut reasons = HashMap::new();
         loop {
             while running.len() < LAYERS_AT_ONCE {
                 let Some(layer) = waiting.next().cloned() else { break };
-                let (this, repository, progress) = (Arc::clone(self), Arc::clone(repository), Arc::clone(progress));
+                let (this, job) = (Arc::clone(self), Arc::clone(job));
                 running.spawn(async move {
-                    let outcome = this.import_layer(&repository, &layer, &progress).await;
+                    let outcome = this.import_layer(&job, &layer).await;
                     outcome.map(|outcome| (layer.digest, outcome))
                 });
             }
             // An error drops the set, which ends the other layers' tasks.
             let Some(done) = running.join_next().await else { return Ok(reasons) };
             let (digest, outcome) = done.map_err(|error| ServeError::Internal { what: error.to_string() })??;
-            progress.layers_done.fetch_add(1, Ordering::Relaxed);
+            job.progress.layers_done.fetch_add(1, Ordering::Relaxed);
             if let Outcome::Ineligible(reason) = outcome {
                 reasons.insert(digest, reason);
             }
         }
     }
 
-    async fn import_layer(
-        &self,
-        repository: &Arc<Repository>,
-        layer: &WantedLayer,
-        progress: &Progress,
-    ) -> Result<Outcome, ServeError> {
+    async fn import_layer(&self, job: &Job, layer: &WantedLayer) -> Result<Outcome, ServeError> {
         let read = AtomicU64::new(0);
         let count = |bytes| {
             read.fetch_add(bytes, Ordering::Relaxed);
-            progress.bytes_done.fetch_add(bytes, Ordering::Relaxed);
+            job.progress.bytes_done.fetch_add(bytes, Ordering::Relaxed);
         };
         let mut known = false;
         let outcome = match layer.compression() {
@@ -205,14 +199,15 @@ impl Importer {
             Ok(compression) => {
                 let lock = self.layer_lock(&layer.digest);
                 let _one_at_a_time = lock.lock().await;
-                known = self.adopt(repository, layer).await?;
+                known = self.adopt(job, layer).await?;
                 if known {
                     Outcome::Ready
                 } else {
                     let _builder = self.builders.acquire().await;
-                    let ImportOptions { scratch, budget, packed_max, .. } = &self.options;
-                    let means = Means { scratch: scratch.clone(), budget: *budget, packed_max: *packed_max };
-                    import_layer(&self.store, &means, repository, layer, compression, &count).await?
+                    let ImportOptions { scratch, budget, packed_max, idle, .. } = &self.options;
+                    let (scratch, budget) = (scratch.clone(), *budget);
+                    let means = Means { scratch, budget, packed_max: *packed_max, idle: *idle };
+                    import_layer(&self.store, &means, &*job.source, layer, compression, &count).await?
                 }
             }
         };
@@ -223,16 +218,17 @@ impl Importer {
         });
         // What needed no reading is done as well.
         let rest = layer.size.saturating_sub(read.load(Ordering::Relaxed));
-        progress.bytes_done.fetch_add(rest, Ordering::Relaxed);
+        job.progress.bytes_done.fetch_add(rest, Ordering::Relaxed);
         Ok(outcome)
     }
 
-    /// Uses the TOC that is there, if this repository proves that it has the blob.
-    async fn adopt(&self, repository: &Arc<Repository>, layer: &WantedLayer) -> Result<bool, ServeError> {
+    /// Uses the TOC that is there, if the source proves that it has the blob, or did so for this image before.
+    async fn adopt(&self, job: &Job, layer: &WantedLayer) -> Result<bool, ServeError> {
         let Some(record) = self.store.layer(&layer.digest).await? else { return Ok(false) };
         let proven = match self.content.toc(&layer.digest).await {
-            Ok(toc) => self.content.prove(&toc, &**repository).await?,
-            // Made anew: the registry has all that is needed.
+            Ok(_) if job.proven.contains(&layer.digest) => true,
+            Ok(toc) => self.content.prove(&toc, &*job.source).await?,
+            // Made anew: the source has all that is needed.
             Err(ServeError::Toc { .. } | ServeError::NotImported { .. }) => false,
             Err(error) => return Err(error),
         };
@@ -255,66 +251,14 @@ impl Importer {
     }
 }
 
-/// One platform's manifest, and the index it was chosen from.
-struct Resolved {
-    digest: ManifestDigest,
-    manifest: Manifest,
-    index: Option<(ManifestDigest, Bytes)>,
-}
-
-async fn resolve(repository: &Repository, image: &ImageRef, platform: &Platform) -> Result<Resolved, ServeError> {
-    let document_error = |source| ServeError::Document { what: format!("manifest of {image}"), source };
-    let fetched = repository.document(image.tag_or_digest()).await?;
-    let entries = match parse_document(fetched.content_type.as_deref(), &fetched.bytes).map_err(document_error)? {
-        Document::Manifest(manifest) => return Ok(Resolved { digest: fetched.digest, manifest, index: None }),
-        Document::Index(entries) => entries,
-    };
-    let entry = select_platform(&entries, platform).ok_or_else(|| no_platform(&image.to_string(), platform))?;
-    let chosen = repository.document(TagOrDigest::Digest(entry.digest)).await?;
-    match parse_document(chosen.content_type.as_deref(), &chosen.bytes).map_err(document_error)? {
-        Document::Manifest(manifest) => {
-            Ok(Resolved { digest: chosen.digest, manifest, index: Some((fetched.digest, fetched.bytes)) })
+/// Every blob once. One blob has one size and one diff ID, however often it occurs.
+pub(crate) fn distinct(layers: &[WantedLayer]) -> Result<Vec<&WantedLayer>, ServeError> {
+    let mut distinct: Vec<&WantedLayer> = Vec::new();
+    for layer in layers {
+        match distinct.iter().find(|known| known.digest == layer.digest) {
+            Some(known) => layer.compare(known.diff_id, known.size)?,
+            None => distinct.push(layer),
         }
-        Document::Index(_) => Err(ServeError::Invalid { what: format!("{image}: an index within an index") }),
     }
-}
-
-/// The error for an image that has nothing for `platform`.
-pub(crate) fn no_platform(image: &str, platform: &Platform) -> ServeError {
-    let variant = platform.variant.as_ref().map(|variant| format!("/{variant}")).unwrap_or_default();
-    ServeError::NotFound {
-        what: format!("{image} has no image for {}/{}{variant}", platform.os, platform.architecture),
-    }
-}
-
-/// The layers as manifest and config describe them together.
-async fn describe_layers(
-    repository: &Repository,
-    image: &ImageRef,
-    manifest: &Manifest,
-) -> Result<Vec<WantedLayer>, ServeError> {
-    let invalid = |what: String| ServeError::Invalid { what: format!("{image}: {what}") };
-    if manifest.config.size > MAX_CONFIG {
-        return Err(invalid(format!("the config has {} bytes, more than {MAX_CONFIG}", manifest.config.size)));
-    }
-    let config = repository.blob(&manifest.config.digest, MAX_CONFIG).await?;
-    let config =
-        parse_config(&config).map_err(|source| ServeError::Document { what: format!("config of {image}"), source })?;
-    let (layers, diff_ids) = (&manifest.layers, &config.diff_ids);
-    if layers.len() != diff_ids.len() || layers.len() > MAX_LAYERS {
-        return Err(invalid(format!(
-            "the manifest has {} layers (at most {MAX_LAYERS} are read), the config {} diff IDs",
-            layers.len(),
-            diff_ids.len()
-        )));
-    }
-    let pairs = layers.iter().zip(diff_ids);
-    Ok(pairs
-        .map(|(layer, diff_id)| WantedLayer {
-            digest: layer.digest,
-            size: layer.size,
-            media: layer.media.clone(),
-            diff_id: *diff_id,
-        })
-        .collect())
+    Ok(distinct)
 }

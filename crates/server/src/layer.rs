@@ -3,11 +3,9 @@
 use std::fs::File;
 use std::io;
 use std::path::PathBuf;
-use std::sync::Arc;
 
 use millstream_oci::{Compression, DiffId, Digest, LayerMedia};
-use millstream_registry::Repository;
-use millstream_source::names;
+use millstream_source::{ImageSource, names};
 use millstream_toc::build::{
     self, Bound, Budget, BuildError, BuildOptions, BuildSink, Built, ClosedSpans, Ineligible, build,
 };
@@ -23,7 +21,7 @@ use crate::items::{ItemFile, ItemWriter};
 use crate::packed::Packer;
 use crate::pieces::PieceReader;
 use crate::skeleton::SkeletonWriter;
-use crate::store::{LayerRecord, Store};
+use crate::store::{ImageLayer, LayerRecord, Store};
 
 /// Windows are short: more effort buys little.
 const WINDOW_LEVEL: i32 = 3;
@@ -50,6 +48,12 @@ impl WantedLayer {
             LayerMedia::Encrypted => Err("encrypted layers can be read by their key's holder only".to_owned()),
             LayerMedia::Unknown(media) => Err(format!("media type {media:?} is not known")),
         }
+    }
+
+    /// As it is kept with its image.
+    pub(crate) fn into_record(self, ineligible: Option<String>, pending: bool) -> ImageLayer {
+        let Self { digest, size, media, diff_id } = self;
+        ImageLayer { digest, size, diff_id, media: media.to_string(), ineligible, pending }
     }
 
     /// Compares what was found with what the image says.
@@ -83,6 +87,8 @@ pub(crate) struct Means {
     pub(crate) budget: Budget,
     /// Bytes of content of one layer that are kept packed; zero: none is.
     pub(crate) packed_max: u64,
+    /// Whether layers are built at the lowest priority.
+    pub(crate) idle: bool,
 }
 
 /// Whether content is packed while a blob is read.
@@ -101,16 +107,16 @@ enum Packing {
 pub(crate) async fn import_layer(
     store: &Store,
     means: &Means,
-    repository: &Arc<Repository>,
+    source: &dyn ImageSource,
     wanted: &WantedLayer,
     compression: build::Compression,
     progress: &(dyn Fn(u64) + Send + Sync),
 ) -> Result<Outcome, ServeError> {
     let first = if compression == build::Compression::Zstd { Packing::FirstSpan } else { Packing::No };
-    let layer = match read_layer(means, repository, wanted, compression, first, progress).await? {
+    let layer = match read_layer(means, source, wanted, compression, first, progress).await? {
         Ok(layer) if layer.closed && layer.packed.is_none() => {
             tracing::info!({ names::LAYER } = %wanted.digest, "reading a layer once more to pack its content");
-            read_layer(means, repository, wanted, compression, Packing::All, &|_| ()).await?
+            read_layer(means, source, wanted, compression, Packing::All, &|_| ()).await?
         }
         other => other,
     };
@@ -123,7 +129,7 @@ pub(crate) async fn import_layer(
 /// One pass over the blob; the inner error says why the layer cannot be streamed.
 async fn read_layer(
     means: &Means,
-    repository: &Arc<Repository>,
+    source: &dyn ImageSource,
     wanted: &WantedLayer,
     compression: build::Compression,
     packing: Packing,
@@ -133,9 +139,10 @@ async fn read_layer(
     let closed_spans = if means.packed_max > 0 { ClosedSpans::Keep } else { ClosedSpans::Decline };
     let options = BuildOptions { compression, budget: means.budget, closed_spans };
     let (sender, reader) = channel();
-    let built = blocking(move || build_layer(reader, &options, sink));
+    let build = move || build_layer(reader, &options, sink);
+    let built = async { if means.idle { at_low_priority(build).await } else { blocking(build).await } };
     let range = BlobRange::new(0, wanted.size);
-    let (pumped, built) = tokio::join!(pump(&**repository, &wanted.digest, range, sender, progress), built);
+    let (pumped, built) = tokio::join!(pump(source, &wanted.digest, range, sender, progress), built);
     // A transfer that failed looks to the build like a blob that ends early: the cause comes first.
     pumped?;
     match built? {
@@ -147,7 +154,7 @@ async fn read_layer(
             Ok(Err(format!("{reason}, and the server packs no content (import.packed_max)")))
         }
         Err(NotBuilt::Build(BuildError::Ineligible { reason })) => Ok(Err(with_hint(&reason))),
-        Err(NotBuilt::Build(BuildError::Invalid { what })) => not_valid(repository, wanted, what).await.map(Err),
+        Err(NotBuilt::Build(BuildError::Invalid { what })) => not_valid(source, wanted, what).await.map(Err),
         Err(NotBuilt::Build(error @ (BuildError::Read(_) | BuildError::Sink(_)))) => {
             let cause = std::error::Error::source(&error).map(ToString::to_string).unwrap_or_default();
             Err(ServeError::Internal { what: format!("layer {}: {error}: {cause}", wanted.digest) })
@@ -160,6 +167,21 @@ enum NotBuilt {
     Build(BuildError),
     /// The content is more than may be packed.
     TooMuch,
+}
+
+/// Runs `work` on a thread of its own, which gives way to whatever else wants a processor. Of its own, because only a
+/// privileged process could raise the priority of a pooled thread again.
+async fn at_low_priority<T: Send + 'static>(work: impl FnOnce() -> T + Send + 'static) -> Result<T, ServeError> {
+    const NICEST: i32 = 19;
+    let (sender, done) = tokio::sync::oneshot::channel();
+    let thread = std::thread::Builder::new().name("import".to_owned()).spawn(move || {
+        // On Linux this is the priority of the calling thread. It stays as it is where that is refused.
+        let _ = rustix::process::setpriority_process(None, NICEST);
+        let _ = sender.send(work());
+    });
+    let failed = |what: String| ServeError::Internal { what: format!("import thread: {what}") };
+    thread.map_err(|error| failed(error.to_string()))?;
+    done.await.map_err(|_| failed("it panicked".to_owned()))
 }
 
 /// The reason, with the key of the settings that would have to be another.
@@ -177,7 +199,7 @@ fn with_hint(reason: &Ineligible) -> String {
 
 /// Why a blob that is no layer cannot be streamed: if it is the very blob that the manifest names, containerd is left to say so too; else
 /// the registry gave something else, which another import may not meet.
-async fn not_valid(repository: &Arc<Repository>, wanted: &WantedLayer, what: String) -> Result<String, ServeError> {
+async fn not_valid(source: &dyn ImageSource, wanted: &WantedLayer, what: String) -> Result<String, ServeError> {
     let (sender, mut reader) = channel();
     let hashed = blocking(move || {
         let mut hash = Sha256::new();
@@ -187,7 +209,7 @@ async fn not_valid(repository: &Arc<Repository>, wanted: &WantedLayer, what: Str
         Digest::from_bytes(hash.finalize().into())
     });
     let range = BlobRange::new(0, wanted.size);
-    let (pumped, hashed) = tokio::join!(pump(&**repository, &wanted.digest, range, sender, &|_| ()), hashed);
+    let (pumped, hashed) = tokio::join!(pump(source, &wanted.digest, range, sender, &|_| ()), hashed);
     pumped?;
     let found = hashed?;
     if found == wanted.digest {
@@ -243,7 +265,7 @@ fn finish(toc: Vec<u8>, sink: Sink, pieces: Vec<u8>) -> io::Result<NewLayer> {
 /// Stores a layer after all that the image says of it was found true.
 async fn store_layer(store: &Store, wanted: &WantedLayer, layer: NewLayer) -> Result<(), ServeError> {
     if layer.blob != wanted.digest {
-        let what = format!("layer {}: the registry's bytes have digest {}", wanted.digest, layer.blob);
+        let what = format!("layer {}: the bytes that came have digest {}", wanted.digest, layer.blob);
         return Err(ServeError::Mismatch { what });
     }
     wanted.compare(layer.record.diff_id, layer.record.size)?;

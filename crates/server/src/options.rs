@@ -49,6 +49,7 @@ pub(crate) fn service(settings: &Settings) -> ServiceOptions {
             ..ContentOptions::default()
         },
         import_on_demand: settings.import.on_demand,
+        embedded: false,
         allowed_registries: settings.registry.allowed.clone(),
     }
 }

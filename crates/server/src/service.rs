@@ -3,12 +3,12 @@
 use std::collections::HashSet;
 use std::net::IpAddr;
 use std::sync::{Arc, Mutex, PoisonError};
-use std::time::Duration;
+use std::time::{Duration, SystemTime};
 
 use futures::TryStreamExt;
 use millstream_oci::{Digest, Document, ImageRef, ManifestDigest, Platform, parse_document, select_platform};
 use millstream_registry::{Registry, Repository};
-use millstream_source::{ErrorKind, SourceError, names};
+use millstream_source::{BlobSource, ErrorKind, ImageSource, SourceError, names};
 use millstream_toc::format::Kind;
 use millstream_toc::{DataRange, Toc};
 use millstream_wire::millstream::v1::{self, get_image_response::Part, images_server::Images};
@@ -20,9 +20,11 @@ use crate::access::{Access, AccessKey, AccessOptions, Fingerprint};
 use crate::answer::{Answer, Reply, failure, stream};
 use crate::content::{Content, ContentOptions, toc_error};
 use crate::convert::{credential, layer_message, platform, progress_message};
-use crate::import::{ImportOptions, Importer, Progress, no_platform};
-use crate::limits::{LimitOptions, Limits};
+use crate::describe::no_platform;
+use crate::import::{ImportOptions, Importer, Progress};
+use crate::limits::{LimitOptions, Limits, Permit};
 use crate::metrics::{Method, ServerMetrics};
+use crate::outline::Outline;
 use crate::store::{ImageLayer, ImageRecord, LayerRecord, Store, StoreError};
 
 /// Bytes of a packed TOC in one message; gRPC clients take 4 MiB by default.
@@ -57,7 +59,14 @@ pub struct ServiceOptions {
     pub import_on_demand: bool,
     /// Registries that callers may name; empty: any.
     pub allowed_registries: Vec<String>,
+    /// Whether every caller is this process itself, and uses no answer about an image before it has proven at the registry that
+    /// it may read it: then the service does not ask the registry once more. It also notes when layers are used, for
+    /// [`Store::shrink`].
+    pub embedded: bool,
 }
+
+/// The answer of an import; see [`Images::import`].
+pub type ImportStream = Reply<v1::ImportProgress>;
 
 /// The `Images` service. Cheap to clone; serves in-process callers as well as a [`crate::Listener`].
 #[derive(Clone)]
@@ -75,6 +84,7 @@ struct Inner {
     importer: Arc<Importer>,
     import_on_demand: bool,
     allowed_registries: Vec<String>,
+    embedded: bool,
     /// Imports under way that nobody asked for by `Import`; as many as there are import permits at most.
     on_demand: Mutex<HashSet<(String, ManifestDigest)>>,
 }
@@ -111,9 +121,41 @@ impl ImagesService {
             importer,
             import_on_demand: options.import_on_demand,
             allowed_registries: options.allowed_registries,
+            embedded: options.embedded,
             on_demand: Mutex::default(),
         };
         Self { inner: Arc::new(inner) }
+    }
+
+    /// As [`Images::import`], for a caller in this process that has the image elsewhere than in a registry: what `image` names
+    /// in `source`, for linux on this machine's architecture. Nothing is asked of the network but by `source`.
+    ///
+    /// # Errors
+    ///
+    /// When too many imports are under way. All else that fails ends the stream.
+    pub fn import_from(&self, source: Arc<dyn ImageSource>, image: &ImageRef) -> Result<ImportStream, ServeError> {
+        let permit = self.inner.limits.admit(None)?;
+        let span = info_span!("import", { names::IMAGE } = %image);
+        let entered = span.enter();
+        let started = Arc::clone(&self.inner).start_import(permit, source, image.clone(), platform(None))?;
+        drop(entered);
+        Ok(started.into_inner())
+    }
+
+    /// Learns which layers of `image` (by digest) can be served although it was never imported, because other images have
+    /// them; afterwards it is known in part. `source` gives manifest and configuration, `proof` shows that the caller's
+    /// repository really has these layers: a chunk of each is read there.
+    ///
+    /// # Errors
+    ///
+    /// When `source` does not have the documents, or `proof` a layer.
+    pub async fn outline(
+        &self,
+        source: &dyn ImageSource,
+        proof: &dyn BlobSource,
+        image: &ImageRef,
+    ) -> Result<Outline, ServeError> {
+        self.inner.importer.outline(source, proof, image, &platform(None)).await
     }
 
     /// What is counted.
@@ -235,12 +277,21 @@ impl Inner {
         let image = ImageRef::parse(&request.image).map_err(|error| ServeError::Invalid { what: error.to_string() })?;
         self.check_registry(&image, peer)?;
         let repository = Arc::new(self.registry.repository(&image, credential(request.credential)));
-        let platform = platform(request.platform);
+        self.start_import(permit, repository, image, platform(request.platform))
+    }
+
+    fn start_import(
+        self: Arc<Self>,
+        permit: Permit,
+        source: Arc<dyn ImageSource>,
+        image: ImageRef,
+        platform: Platform,
+    ) -> Result<Response<Reply<v1::ImportProgress>>, ServeError> {
         let import = self.importer.admit()?;
         let progress = Arc::new(Progress::default());
         // A task of its own: it goes on when the caller leaves, and the next caller finds it done.
         let (importer, told) = (Arc::clone(&self.importer), Arc::clone(&progress));
-        let work = async move { importer.import(import, &repository, &image, &platform, &told).await };
+        let work = async move { importer.import(import, &source, &image, &platform, &told).await };
         let mut work = tokio::spawn(work.instrument(Span::current()));
         Ok(stream(permit, async move |answer: Answer<v1::ImportProgress>| {
             let mut tick = tokio::time::interval(PROGRESS_EVERY);
@@ -278,12 +329,18 @@ impl Inner {
             layers.push(match record {
                 Ok(record) => layer_message(layer, Ok(record.toc)),
                 Err(ServeError::NotEligible { reason, .. }) => layer_message(layer, Err(reason)),
+                Err(error @ ServeError::NotImported { .. }) if layer.pending => {
+                    layer_message(layer, Err(error.to_string()))
+                }
                 Err(error) => return Err(error),
             });
             let is_known = known.contains(&layer.digest.to_string());
-            if layer.ineligible.is_none() && !is_known && !to_send.contains(&layer.digest) {
+            if layer.is_ready() && !is_known && !to_send.contains(&layer.digest) {
                 to_send.push(layer.digest);
             }
+        }
+        if self.embedded {
+            self.store.used(&image, SystemTime::now()).await?;
         }
         if layers.iter().all(|layer| layer.toc_digest.is_empty()) {
             let reason = layers.into_iter().map(|layer| layer.ineligible).next();
@@ -405,7 +462,7 @@ impl Inner {
 
     fn send_content(
         self: Arc<Self>,
-        permit: crate::limits::Permit,
+        permit: Permit,
         repository: Arc<Repository>,
         toc: Arc<Toc>,
         range: DataRange,
@@ -439,7 +496,9 @@ impl Inner {
         let credential = credential(scope.credential);
         let key = AccessKey { repository: image.name(), manifest: digest, credential: Fingerprint::of(&credential) };
         let repository = Arc::new(self.registry.repository(&image, credential));
-        self.access.check(key, repository.check_access(&digest)).await?;
+        if !self.embedded {
+            self.access.check(key, repository.check_access(&digest)).await?;
+        }
         Ok(Caller { image, digest, repository, platform: platform(scope.platform) })
     }
 
@@ -487,7 +546,7 @@ impl Inner {
             let what = format!("layer {}", layer.digest);
             return Err(ServeError::NotEligible { what, reason: reason.clone() });
         }
-        let record = self.store.layer(&layer.digest).await?;
+        let record = if layer.pending { None } else { self.store.layer(&layer.digest).await? };
         record.ok_or_else(|| ServeError::NotImported { image: caller.image.to_string() })
     }
 
@@ -504,8 +563,9 @@ impl Inner {
         let work = async move {
             let running = OnDemand { inner: &self, key };
             let progress = Arc::default();
-            let Caller { image, repository, platform, .. } = &caller;
-            match self.importer.import(permit, repository, image, platform, &progress).await {
+            let Caller { image, repository, platform, .. } = caller;
+            let source: Arc<dyn ImageSource> = repository;
+            match self.importer.import(permit, &source, &image, &platform, &progress).await {
                 Ok(done) => tracing::info!(manifest = %done.manifest, "image imported on demand"),
                 Err(error) => drop(failure(error)),
             }

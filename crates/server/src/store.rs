@@ -11,8 +11,9 @@
 //! | `indexes/<index>` | an image index as the registry gave it |
 //! | `images/<manifest>/<SHA-256 of the repository's name>` | JSON [`ImageRecord`]; written last |
 //!
-//! `<blob>`, `<index>`, `<manifest>` are digests in hex. No object is ever changed to other content, only written again, so
-//! that any number of servers can share one store without locks.
+//! `<blob>`, `<index>`, `<manifest>` are digests in hex. No object is ever changed to other content, only written again (and
+//! the record of an image that was known in part, by its import), so that any number of servers can share one store without
+//! locks. [`Store::shrink`] removes what was not used for long; only a server that has a store for itself calls it.
 
 use std::fs::File;
 use std::path::Path as FsPath;
@@ -118,12 +119,22 @@ pub struct ImageLayer {
     /// repository's claim must not spoil the blob for others.
     #[serde(default, skip_serializing_if = "Option::is_none")]
     pub ineligible: Option<String>,
+    /// Whether it was not read yet: the image is known in part, and its import will write this record anew.
+    #[serde(default, skip_serializing_if = "std::ops::Not::not")]
+    pub pending: bool,
+}
+
+impl ImageLayer {
+    /// Whether it was read, or proven, for this image.
+    pub(crate) const fn is_ready(&self) -> bool {
+        self.ineligible.is_none() && !self.pending
+    }
 }
 
 /// The server's state. Cheap to clone.
 #[derive(Debug, Clone)]
 pub struct Store {
-    objects: Arc<dyn ObjectStore>,
+    pub(crate) objects: Arc<dyn ObjectStore>,
 }
 
 impl Store {
@@ -369,7 +380,7 @@ impl Store {
         self.put(&index_path(digest), bytes).await
     }
 
-    async fn json<T: DeserializeOwned>(&self, path: &Path) -> Result<Option<T>, StoreError> {
+    pub(crate) async fn json<T: DeserializeOwned>(&self, path: &Path) -> Result<Option<T>, StoreError> {
         let Some(bytes) = self.get(path).await? else { return Ok(None) };
         let damaged =
             |error: serde_json::Error| StoreError::Damaged { path: path.to_string(), reason: error.to_string() };
@@ -383,7 +394,7 @@ impl Store {
         self.put(path, text.into()).await
     }
 
-    async fn get(&self, path: &Path) -> Result<Option<Bytes>, StoreError> {
+    pub(crate) async fn get(&self, path: &Path) -> Result<Option<Bytes>, StoreError> {
         match self.objects.get(path).await {
             Ok(found) => found.bytes().await.map(Some).map_err(failed(path)),
             Err(object_store::Error::NotFound { .. }) => Ok(None),
@@ -391,13 +402,13 @@ impl Store {
         }
     }
 
-    async fn put(&self, path: &Path, bytes: Bytes) -> Result<(), StoreError> {
+    pub(crate) async fn put(&self, path: &Path, bytes: Bytes) -> Result<(), StoreError> {
         self.objects.put(path, bytes.into()).await.map_err(failed(path))?;
         Ok(())
     }
 }
 
-fn failed(path: &Path) -> impl Fn(object_store::Error) -> StoreError + use<> {
+pub(crate) fn failed(path: &Path) -> impl Fn(object_store::Error) -> StoreError + use<> {
     let path = path.to_string();
     move |source| StoreError::Object { path: path.clone(), source }
 }
@@ -422,7 +433,7 @@ fn skeleton_path(blob: &Digest) -> Path {
     Path::from(format!("skeletons/{}", blob.hex()))
 }
 
-fn layer_path(blob: &Digest) -> Path {
+pub(crate) fn layer_path(blob: &Digest) -> Path {
     Path::from(format!("layers/{}", blob.hex()))
 }
 
@@ -430,7 +441,7 @@ fn index_path(digest: ManifestDigest) -> Path {
     Path::from(format!("indexes/{}", digest.0.hex()))
 }
 
-fn image_path(manifest: ManifestDigest, repository: &str) -> Path {
+pub(crate) fn image_path(manifest: ManifestDigest, repository: &str) -> Path {
     Path::from(format!("images/{}/{}", manifest.0.hex(), Digest::of(repository.as_bytes()).hex()))
 }
 

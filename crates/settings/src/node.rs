@@ -34,10 +34,10 @@ pub struct Settings {
 }
 
 /// `[server]`: the remote file system service.
-#[derive(Debug, Clone, Default, PartialEq, Eq, Deserialize, Serialize)]
+#[derive(Debug, Clone, PartialEq, Eq, Deserialize, Serialize)]
 #[serde(default, deny_unknown_fields)]
 pub struct ServerSettings {
-    /// `"https://HOST:PORT"`; `"http://"` only for a loopback address. Empty: no server, every image is pulled as always.
+    /// `"https://HOST:PORT"`; `"http://"` only for a loopback address. Empty: the embedded server.
     pub address: String,
     /// PEM file with the certificates that may have signed the server's. Needed for `https`.
     pub ca: Option<PathBuf>,
@@ -45,6 +45,11 @@ pub struct ServerSettings {
     pub cert: Option<PathBuf>,
     /// PEM file with its key.
     pub key: Option<PathBuf>,
+    /// Without `address`: whether this node makes TOCs by itself, from what ordinary pulls leave in containerd.
+    pub embedded: bool,
+    /// Bytes of TOCs and windows that it keeps; beyond that, what was used least recently goes.
+    #[serde(with = "amount::size")]
+    pub embedded_limit: u64,
 }
 
 /// `[registry]`.
@@ -76,7 +81,8 @@ pub struct FetchSettings {
 #[derive(Debug, Clone, PartialEq, Eq, Deserialize, Serialize)]
 #[serde(default, deny_unknown_fields)]
 pub struct ContainerdSettings {
-    /// Its unix socket: asked which image a client means that does not name it. Empty: not asked.
+    /// Its unix socket: asked which image a client means that does not name it, and for what ordinary pulls have left. Empty:
+    /// not asked.
     pub address: PathBuf,
 }
 
@@ -99,6 +105,12 @@ impl Default for Settings {
 impl Default for RegistrySettings {
     fn default() -> Self {
         Self { hosts_dir: "/etc/containerd/certs.d".into(), docker_config: None }
+    }
+}
+
+impl Default for ServerSettings {
+    fn default() -> Self {
+        Self { address: String::new(), ca: None, cert: None, key: None, embedded: true, embedded_limit: 1 << 30 }
     }
 }
 

@@ -72,6 +72,12 @@ pub trait LazyImages: Send + Sync + 'static {
     /// No snapshot uses these layers any more. Called with a lock held that `Prepare` needs: must return at once.
     fn released(&self, layers: &[Digest]);
 
+    /// A layer that was left to containerd is unpacked and committed. Called while containerd waits, within a transaction of its
+    /// database: must return at once.
+    fn committed(&self, target: ChainId) {
+        let _ = target;
+    }
+
     /// What the layer takes on disk when it is wholly local: containerd asks once and keeps the answer.
     fn usage(&self, layer: &Digest) -> Usage;
 }

@@ -97,6 +97,11 @@ pub enum LayerAnswer {
         /// Why.
         reason: String,
     },
+    /// It cannot be lazy yet: its import is not complete.
+    Pending {
+        /// Why, and what happens next.
+        reason: String,
+    },
 }
 
 /// Everything the decision about an image rests on.
@@ -190,18 +195,17 @@ fn refusal(inputs: &ImageInputs) -> Option<Reason> {
 fn eligible_run(layers: &[LayerAnswer]) -> ImageDecision {
     let first = layers.iter().enumerate().find_map(|(number, layer)| match layer {
         LayerAnswer::Eligible => None,
-        LayerAnswer::Ineligible { reason } => Some((number, reason)),
+        LayerAnswer::Ineligible { reason } => Some((number, "image.not-eligible", "lazy", reason)),
+        LayerAnswer::Pending { reason } => Some((number, "server.not-imported", "lazy yet", reason)),
     });
     match first {
         None if layers.is_empty() => {
             ImageDecision::Deferred(Reason::new("image.not-eligible", "the image has no layers"))
         }
         None => ImageDecision::Lazy { lazy: layers.len(), rest: None },
-        Some((number, reason)) => {
-            let reason = Reason::new(
-                "image.not-eligible",
-                format!("layer {} of {} cannot be lazy: {reason}", number + 1, layers.len()),
-            );
+        Some((number, code, lazy, reason)) => {
+            let text = format!("layer {} of {} cannot be {lazy}: {reason}", number + 1, layers.len());
+            let reason = Reason::new(code, text);
             if number == 0 {
                 ImageDecision::Deferred(reason)
             } else {
@@ -336,6 +340,14 @@ mod tests {
                 ImageDecision::Local => unreachable!("not local"),
             }
         };
+        let pending = LayerAnswer::Pending { reason: "nobody read it".into() };
+        let layers = vec![LayerAnswer::Eligible, pending];
+        match decide_image(&ImageInputs { server: Answer::Got(layers), ..good() }) {
+            ImageDecision::Lazy { lazy: 1, rest: Some(rest) } => {
+                assert_eq!(rest.to_string(), "server.not-imported: layer 2 of 2 cannot be lazy yet: nobody read it");
+            }
+            other => panic!("{other:?}"),
+        }
         let third = Some("layer 3 of 4 cannot be lazy: zstd in one frame".to_owned());
         assert_eq!(decide("++-+"), (2, third));
         assert_eq!(decide("++++"), (4, None));

@@ -204,6 +204,9 @@ impl Snapshots {
             let record = shared.metadata.commit(&key, &name, &parent, labels, shared.now())?;
             // Not added up here: containerd holds the transaction of its whole database meanwhile.
             shared.background.usage.push(record.id, &name);
+            if let Some(target) = record.labels.get(TARGET_LABEL).and_then(|target| target.parse().ok()) {
+                shared.images.committed(target);
+            }
             Ok(())
         })
         .await

@@ -17,14 +17,13 @@ pub const CODE: &str = "code";
 pub const SNAPSHOT: &str = "snapshot";
 
 /// Every name, with what stands under it.
-pub const FIELDS: [(&str, &str); 51] = [
+pub const FIELDS: [(&str, &str); 48] = [
     // what it is about
     (IMAGE, "image reference as the client gave it"),
     ("manifest", "digest of a manifest"),
     (LAYER, "digest of a layer's blob"),
     ("chain_id", "chain ID of a layer within an image"),
     (SNAPSHOT, "snapshot key (active) or name (committed)"),
-    ("parent", "name of the snapshot below"),
     ("number", "number of a snapshot's directory"),
     ("view", "number of a merged view"),
     ("node", "node id of a file in the mount"),
@@ -33,6 +32,7 @@ pub const FIELDS: [(&str, &str); 51] = [
     (SIZE, "size in bytes"),
     ("chunk", "index of a chunk in its layer"),
     ("spans", "range of spans of a layer"),
+    ("way", "how something is fetched: as compressed bytes or as content"),
     ("first_span", "first of a range of spans"),
     ("end_span", "end of a range of spans"),
     // how it went
@@ -48,7 +48,6 @@ pub const FIELDS: [(&str, &str); 51] = [
     ("enabled", "state of a switch"),
     ("dry_run", "whether nothing was changed"),
     ("operation", "request of the kernel"),
-    ("method", "call of a service"),
     ("priority", "urgency of a fetch"),
     // how much
     ("bytes", "number of bytes"),
@@ -61,7 +60,6 @@ pub const FIELDS: [(&str, &str); 51] = [
     ("left", "number of what could not be done"),
     ("limit", "limit of a resource"),
     ("pause", "time until the next attempt"),
-    ("took", "time that something took"),
     // where
     ("address", "address and port of a listener or a peer"),
     ("tls", "whether a listener has TLS"),
@@ -69,7 +67,6 @@ pub const FIELDS: [(&str, &str); 51] = [
     ("socket", "Unix socket"),
     ("store", "location of the server's state"),
     ("file", "path on this machine"),
-    ("url", "address of a registry, without what is secret in it"),
     // processes
     ("pid", "process"),
     ("signal", "signal that ended a process"),

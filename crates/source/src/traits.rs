@@ -5,7 +5,7 @@ use std::ops::Range;
 use async_trait::async_trait;
 use bytes::Bytes;
 use futures::stream::BoxStream;
-use millstream_oci::Digest;
+use millstream_oci::{Digest, ManifestDigest, TagOrDigest};
 use millstream_toc::{BlobRange, DataRange};
 
 use crate::SourceError;
@@ -30,6 +30,28 @@ pub trait BlobSource: Send + Sync + std::fmt::Debug {
     /// The bytes of `range` of `blob`, in order. The stream yields exactly `range.len()` bytes or ends with an error;
     /// nothing is verified but the length. A source that cannot serve ranges fails with [`crate::ErrorKind::NoRange`].
     async fn read(&self, blob: &Digest, range: BlobRange) -> Result<ByteStream, SourceError>;
+}
+
+/// A manifest or an index.
+#[derive(Debug, Clone, PartialEq, Eq)]
+pub struct Fetched {
+    /// Its bytes.
+    pub bytes: Bytes,
+    /// The media type that it was given with.
+    pub content_type: Option<String>,
+    /// Its digest, computed from the bytes.
+    pub digest: ManifestDigest,
+}
+
+/// Everything that an image is made of: a registry's repository, or what another program has stored of it.
+#[async_trait]
+pub trait ImageSource: BlobSource {
+    /// The manifest or index that `reference` names, of at most [`millstream_oci::MAX_DOCUMENT_SIZE`] bytes. What is asked
+    /// for by digest has that digest, else it is [`crate::ErrorKind::DigestMismatch`].
+    async fn document(&self, reference: TagOrDigest) -> Result<Fetched, SourceError>;
+
+    /// The whole blob `digest`, such as an image's configuration: verified, and of at most `max` bytes.
+    async fn whole_blob(&self, digest: &Digest, max: u64) -> Result<Bytes, SourceError>;
 }
 
 /// Decompressor windows of one image's layers.

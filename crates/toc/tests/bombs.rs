@@ -126,10 +126,7 @@ fn extended_headers() {
     assert!(read < MIB, "{read}");
     // Announcements that are never followed by what they announce.
     let mut announcement = entry(b'x', "announcement");
-    announcement.data = b"11 path=p\n".to_vec();
-    announcement.data.resize(1 << 19, 0);
-    announcement.data = b"18 comment=nothing\n".repeat(20_000);
-    announcement.data.truncate(19 * 20_000);
+    announcement.data = b"19 comment=nothing\n".repeat(20_000);
     assert_bound(plain(|_| announcement.clone()), Bound::TarSize, 641 * MIB);
 }
 
@@ -145,7 +142,7 @@ fn sparse_files() {
 fn compressed() {
     // A file of many zeros: a thousandfold.
     let mut head = members(&[file("zeros", b"")]);
-    head[124..136].copy_from_slice(b"77777777777\0");
+    head[124..136].copy_from_slice(b"10000000000\0");
     head[148..156].fill(b' ');
     let sum: u64 = head[..512].iter().map(|byte| u64::from(*byte)).sum();
     head[148..156].copy_from_slice(format!("{sum:06o}\0 ").as_bytes());

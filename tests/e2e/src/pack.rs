@@ -10,6 +10,9 @@ use zstd::stream::write::Encoder as ZstdEncoder;
 /// The usual one of image builders.
 const LEVEL: Compression = Compression::new(6);
 
+/// The fastest that ends a block from time to time: at level 1 the whole layer is one, which nobody can enter.
+const FAST: Compression = Compression::new(2);
+
 /// How a layer's tar becomes a blob.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
 pub enum Packing {
@@ -17,7 +20,7 @@ pub enum Packing {
     Plain,
     /// One gzip member.
     Gzip,
-    /// The same, compressed as fast as possible, for what does not compress.
+    /// The same, compressed fast, for what does not compress.
     GzipFast,
     /// A new gzip member after so many bytes of tar.
     GzipMembers(u64),
@@ -87,7 +90,7 @@ impl<W: Write> Packer<W> {
             Packing::Gzip | Packing::GzipFast => u64::MAX,
             Packing::GzipMembers(size) => size.max(1),
         };
-        let level = if packing == Packing::GzipFast { Compression::fast() } else { LEVEL };
+        let level = if packing == Packing::GzipFast { FAST } else { LEVEL };
         Ok(Self::Gzip { encoder: Some(Box::new(GzEncoder::new(out, level))), member, left: member })
     }
 

@@ -98,7 +98,12 @@ fn says_hello(cri: &Cri, pod: &Pod, image: &Pushed, name: &str) -> Result<()> {
     Ok(())
 }
 
-fn read_all(cri: &Cri, pod: &Pod, image: &Pushed, name: &str) -> Result<String> {
+/// A digest of all files that a container of the image sees.
+///
+/// # Errors
+///
+/// If the container does not end well.
+pub fn read_all(cri: &Cri, pod: &Pod, image: &Pushed, name: &str) -> Result<String> {
     let spec = ContainerSpec { image: &image.reference, command: READ_ALL, ..ContainerSpec::default() };
     cri.run(pod, name, &spec, DEADLINE)
 }

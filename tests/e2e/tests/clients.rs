@@ -11,14 +11,14 @@ use millstream_e2e::cri::ContainerSpec;
 use millstream_e2e::daemons::Node;
 use millstream_e2e::image::{Image, shell, small};
 use millstream_e2e::layer::{Entry, Packing};
-use millstream_e2e::need::{Need, program};
+use millstream_e2e::need::{CONTAINERDS, Need, program};
 use millstream_e2e::process::output;
 use millstream_e2e::scenario::{ctr_pull, ctr_run, ensure_ordinary, lazy_by, lazy_by_cri, lazy_by_cri_of};
 use millstream_e2e::stage::{Pushed, Stage, can_be_set};
 
-const LAST_1: &str = "1.7.35";
-const FIRST_2: &str = "2.0.14";
-const NEWEST: &str = "2.4.2";
+const LAST_1: &str = CONTAINERDS[0];
+const FIRST_2: &str = CONTAINERDS[1];
+const NEWEST: &str = CONTAINERDS[2];
 
 fn lazily_by_cri(release: &'static str, transfer: bool) {
     if can_be_set(&[Need::Containerd(release)]) {

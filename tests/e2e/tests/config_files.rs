@@ -6,7 +6,7 @@ use millstream_e2e::containerd::{Containerd, ContainerdOptions, Version};
 use millstream_e2e::daemons::Node;
 use millstream_e2e::image::{pause, small};
 use millstream_e2e::installation::Installation;
-use millstream_e2e::need::Need;
+use millstream_e2e::need::{CONTAINERDS, Need};
 use millstream_e2e::scenario::lazy_by_cri_of;
 use millstream_e2e::stage::{Stage, can_be_set};
 
@@ -38,7 +38,8 @@ fn an_installation_by_the_book_is_lazy(version: Version, drop_in: &str) {
     let settings = settings.replacen(HYDRATION, "\nhydration = false\n", 1);
     let node = Node::start_in(&stage.work, &installation, &settings).unwrap();
     let certs_d = "/etc/containerd/certs.d".into();
-    let options = ContainerdOptions { version, snapshotter: node.snapshotter(), pause_image, certs_d, transfer: true };
+    let snapshotter = node.snapshotter();
+    let options = ContainerdOptions { version, snapshotter, pause_image, certs_d, transfer: true, labels: true };
     let containerd = Containerd::start_in(&stage.work, &installation, options).unwrap();
     lazy_by_cri_of(&mut stage, &node, &containerd, &image).unwrap();
 }
@@ -60,15 +61,15 @@ fn the_stanza_for_containerd_2_is_all_that_it_needs() {
 #[test]
 #[ignore = "make clients"]
 fn the_stanza_for_containerd_1_is_all_that_1_7_needs() {
-    if can_be_set(&[Need::Containerd("1.7.35")]) {
-        an_installation_by_the_book_is_lazy(Version::Release("1.7.35"), V2);
+    if can_be_set(&[Need::Containerd(CONTAINERDS[0])]) {
+        an_installation_by_the_book_is_lazy(Version::Release(CONTAINERDS[0]), V2);
     }
 }
 
 #[test]
 #[ignore = "make clients"]
 fn the_stanza_for_containerd_2_is_all_that_2_4_needs() {
-    if can_be_set(&[Need::Containerd("2.4.2")]) {
-        an_installation_by_the_book_is_lazy(Version::Release("2.4.2"), V3);
+    if can_be_set(&[Need::Containerd(CONTAINERDS[2])]) {
+        an_installation_by_the_book_is_lazy(Version::Release(CONTAINERDS[2]), V3);
     }
 }

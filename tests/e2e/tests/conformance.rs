@@ -69,6 +69,7 @@ fn containerd(work: &Workdir, snapshotter: Snapshotter) -> Containerd {
         pause_image: "localhost/none:1".to_owned(),
         certs_d: work.dir("certs.d").unwrap(),
         transfer: false,
+        labels: true,
     };
     Containerd::start(work, options).unwrap()
 }

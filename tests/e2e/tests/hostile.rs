@@ -106,7 +106,7 @@ fn differences(start: i64, expected: &Unpacked, found: &Unpacked) -> Vec<String>
 fn judge(start: i64, case: &Case, outcome: Option<Outcome>, ours: &Made, oracles: [&Made; 2]) -> Vec<String> {
     let mut wrong = Vec::new();
     let lazy = outcome == Some(Outcome::Lazy);
-    if lazy != (case.expect == Expect::Lazy) {
+    if lazy != matches!(case.expect, Expect::Lazy | Expect::OnlyHere(_)) {
         wrong.push(format!("should be {:?}, was {outcome:?}", case.expect));
     }
     for (version, oracle) in ["1.6", "2"].iter().zip(oracles) {
@@ -118,6 +118,7 @@ fn judge(start: i64, case: &Case, outcome: Option<Outcome>, ours: &Made, oracles
                 let lines = differences(start, expected, found);
                 wrong.extend(lines.iter().map(|line| format!("not as containerd {version}: {line}")));
             }
+            (Ok(_), Err(error)) if matches!(case.expect, Expect::OnlyHere(part) if error.contains(part)) => {}
             (Ok(_), Err(error)) => wrong.push(format!("containerd {version} refuses it: {error}")),
             (Err(error), Ok(_)) => wrong.push(format!("only we refuse it, not containerd {version}: {error}")),
             (Err(_), Err(_)) => {}
@@ -202,7 +203,7 @@ fn bombs() -> Vec<(Vec<u8>, Media, &'static str)> {
     let head = |member: make::Member, size: &[u8]| member.put(make::SIZE, size).bytes()[..512].to_vec();
     // 8 GiB of zeros; nobody comes to their end.
     let first = gzip(&head(make::file("zeros", b""), b"77777777777\0"));
-    let zeros = [first, gzip(&vec![0; 64 << 20]).repeat(8)].concat();
+    let zeros = [first, gzip(&vec![0; 4 << 20]).repeat(128)].concat();
     let many = (0..30_000).map(|number| make::file(format!("f{number}"), b""));
     let many = many.fold(make::Archive::new(), make::Archive::with).end();
     let record = head(make::member(b'x', "gibibyte", b""), b"10000000000\0");

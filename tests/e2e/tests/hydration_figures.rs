@@ -71,6 +71,7 @@ fn stage() -> Stage {
         certs_d: certs_d.clone(),
         import_on_demand: false,
         packed_content: true,
+        max_entries: None,
     };
     let server = Server::start(&work, &options, Some(&link)).unwrap();
     let server_address = format!("https://{}", link.expose(7900, address).unwrap());
@@ -88,6 +89,7 @@ fn stage() -> Stage {
         pause_image: registry.reference("pause:1"),
         certs_d,
         transfer: false,
+        labels: true,
     };
     let containerd = Containerd::start(&work, options).unwrap();
     let cri = Cri::connect(&work, &containerd.socket()).unwrap();

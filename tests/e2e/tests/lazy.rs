@@ -10,8 +10,8 @@ use millstream_e2e::daemons::Node;
 use millstream_e2e::image::{Image, shell};
 use millstream_e2e::layer::{Entry, Packing, noise};
 use millstream_e2e::need::Need;
-use millstream_e2e::scenario::{ctr_pull, ctr_run, lazy_by, lazy_by_cri};
-use millstream_e2e::stage::{Pushed, Stage, can_be_set, layers_of};
+use millstream_e2e::scenario::{ctr_pull, ctr_run, ensure_lazy, lazy_by, lazy_by_cri, read_all};
+use millstream_e2e::stage::{Pushed, Stage, await_verified, can_be_set, layers_of};
 use millstream_wire::millstream::v1::layer_status::State;
 
 const DEADLINE: Duration = Duration::from_secs(30);
@@ -122,7 +122,7 @@ fn zstd_layers_are_lazy_also_one_that_cannot_be_entered_and_need_nobody_when_hyd
     let mut cri = stage.cri(&containerd).unwrap();
     stage.count_from_now().unwrap();
     cri.pull(&image.reference, None).unwrap();
-    assert_lazy(&stage, &node, &image);
+    ensure_lazy(&stage, &node, &image).unwrap();
     let pod = cri.run_pod("pod").unwrap();
     let run = |name: &str, script: &str| {
         let command = &["/bin/sh", "-c", script];
@@ -145,13 +145,13 @@ fn zstd_layers_are_lazy_also_one_that_cannot_be_entered_and_need_nobody_when_hyd
         .map(|request| request.bytes)
         .sum();
     assert!(received < 4096, "{received} bytes of a blob that cannot be entered");
-    assert_lazy(&stage, &node, &image);
-    let lazily = read_all(&cri, &pod, &image, "all");
+    ensure_lazy(&stage, &node, &image).unwrap();
+    let lazily = read_all(&cri, &pod, &image, "all").unwrap();
 
     node.set_hydration(true).unwrap();
     await_verified(&node, &image).unwrap();
     stage.go_dark().unwrap();
-    assert_eq!(read_all(&cri, &pod, &image, "all-in-the-dark"), lazily);
+    assert_eq!(read_all(&cri, &pod, &image, "all-in-the-dark").unwrap(), lazily);
 }
 
 fn sha256(bytes: &[u8]) -> String {

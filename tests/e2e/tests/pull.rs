@@ -129,7 +129,7 @@ fn fetches_and_unpacks_what_is_not_lazy(version: Version) {
     let said = containerd.ctr_run(&stage.work, "default", &image.reference, "run", &hello).unwrap();
     assert_eq!(said, "hello from the middle layer\n");
     let check = containerd.ctr("default", &["image", "check", "--snapshotter", "millstream"]).unwrap();
-    assert!(check.contains("complete (5/5)"), "{check}");
+    assert!(check.contains("complete (4/4)"), "{check}");
     let archive = stage.work.path().join("archive.tar");
     containerd.ctr("default", &["image", "export", &archive.display().to_string(), &image.reference]).unwrap();
 
@@ -168,7 +168,8 @@ fn interrupt(stage: &Stage, node: &Node, containerd: &Containerd, image: &Pushed
     eventually("a part of the layer", DEADLINE, || {
         let active = containerd.ctr("default", &["content", "active"]).ok()?;
         let line = active.lines().find(|line| line.contains(&image.layers()[1]))?.to_owned();
-        line.contains("MiB").then_some(())
+        // Sizes are written as "4.2MB" or "4.0 MiB".
+        line.contains('M').then_some(())
     })
     .unwrap();
     pull.crash().unwrap();
@@ -205,7 +206,7 @@ fn goes_on_after_a_kill(version: Version) {
     assert!(!snapshots.contains("extract-"), "{snapshots}");
     assert_eq!(snapshots.matches("Committed").count(), 2, "{snapshots}");
     assert!(lines(&containerd, &["content", "active", "-q"]).iter().all(|line| !line.contains("layer-")));
-    assert!(containerd.ctr("default", &["image", "check", "--snapshotter", "millstream"]).unwrap().contains("(4/4)"));
+    assert!(containerd.ctr("default", &["image", "check", "--snapshotter", "millstream"]).unwrap().contains("(3/3)"));
 }
 
 #[test]

@@ -3,7 +3,7 @@
 use std::collections::BTreeMap;
 use std::time::{SystemTime, UNIX_EPOCH};
 
-use anyhow::{Context, bail, ensure};
+use anyhow::{Context, anyhow, bail, ensure};
 use futures::{StreamExt, TryStreamExt, stream};
 use millstream_containerd::{ContainerdError, Mount, Namespace, Prepared, SnapshotKind, Snapshots};
 use millstream_oci::Digest;
@@ -178,9 +178,12 @@ async fn offer(resolved: &Resolved, number: usize, snapshots: &Snapshots) -> any
     let layer = &resolved.layers[number];
     let (parent, labels) = (parent(resolved, number), labels(resolved, number));
     for _ in 0..OFFERS {
-        let before = is_committed(snapshots, layer).await.context(
-            "hint: containerd has to know the snapshotter by this name; config/containerd-*.toml have Millstream's",
-        )?;
+        let before = is_committed(snapshots, layer).await.map_err(|error| match error {
+            ContainerdError::Refused { .. } => anyhow!(
+                "{error}; hint: containerd has to know the snapshotter by this name; config/containerd-*.toml have Millstream's"
+            ),
+            error => error.into(),
+        })?;
         let key = format!("extract-{} {}", unique(), layer.chain);
         // Also where it was there before: this puts it under our lease.
         match snapshots.prepare(&key, &parent, &labels).await? {

@@ -374,7 +374,8 @@ pub fn ends() -> Vec<Row> {
     let two = || Archive::new().with(file("g", b"content")).with(file("i", b"more"));
     let cut = |at: usize| two().cut()[..at].to_vec();
     vec![
-        raw_row("no bytes at all", Lazy, Vec::new()),
+        // It could be lazy, but of a blob without bytes no registry can prove that it gives ranges.
+        raw_row("no bytes at all", Lazy, Vec::new()).over_base(Declined("")),
         raw_row("an archive without members", Lazy, Archive::new().end()),
         raw_row("no end marker", Lazy, two().cut()),
         raw_row("half an end marker", Lazy, two().raw([0; 512]).cut()),
