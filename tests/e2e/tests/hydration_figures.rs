@@ -50,7 +50,7 @@ fn stage() -> Stage {
         .layer(vec![Entry::file("large", noise(1, LARGE))], Packing::Gzip)
         .layer(vec![Entry::file("cold", cold)], Packing::Gzip);
     let info = image.write(&layout, "app").unwrap();
-    let_pass().unwrap().write(&layout, "pause").unwrap();
+    pause().unwrap().write(&layout, "pause").unwrap();
     let inner = free_address().unwrap();
     let options = RegistryOptions { address: inner, tls: None, login: None };
     let registry = Registry::start(&work, options.clone()).unwrap();
