@@ -75,7 +75,8 @@ fn the_help_reads_as_a_person_agreed() {
         std::fs::write(&path, &all).unwrap();
     }
     let agreed = std::fs::read_to_string(&path).unwrap();
-    assert_eq!(all, agreed, "if the help is right as it is now, run this again with MILLSTREAM_BLESS=1");
+    let differs = all.lines().zip(agreed.lines()).enumerate().find(|(_, (now, then))| now != then);
+    assert!(all == agreed, "{HELP}: {differs:?}; if the help is right as it is now, run this with MILLSTREAM_BLESS=1");
 }
 
 #[test]

@@ -159,7 +159,7 @@ impl Indexer {
         let passing = |kind| matches!(kind, ErrorKind::Unavailable | ErrorKind::TimedOut | ErrorKind::Exhausted);
         let (code, reason) = match result {
             Ok(()) => {
-                info!({ names::IMAGE } = next.image, name = next.name, "image indexed; its next pull is lazy");
+                info!({ names::IMAGE } = next.image, "image indexed; its next pull is lazy");
                 (
                     "index.done",
                     "it has been indexed since, from this node's own copy: it streams from the next pull on".to_owned(),

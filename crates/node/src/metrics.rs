@@ -318,6 +318,8 @@ mod tests {
         let runtime = tokio::runtime::Handle::current();
         let fetcher = Fetcher::new(Arc::clone(&store), FetchOptions::default(), Arc::new(Reporter), runtime);
         let views = Arc::new(Views::new(Arc::clone(&store), Arc::new(LayerFs::new()), root.join("m")));
+        // The first test of this process that needs it installs it.
+        let _ = rustls::crypto::ring::default_provider().install_default();
         let registry = Registries::new(RegistryOptions::default()).unwrap();
         let origins = Origins { registry, server: None, embedded: None, docker_config: None, metrics: metrics.clone() };
         let catalog = Catalog::open(db).unwrap();

@@ -389,9 +389,10 @@ fn devices_have_numbers_that_linux_can_hold() {
 }
 
 #[test]
-fn types_that_containerd_does_not_apply_are_refused() {
+fn types_that_containerd_does_not_apply_are_told_apart() {
     for typeflag in *b"7DMNVZ" {
-        refused(&[Head::new("f", typeflag, 0).block()]);
+        let member = only(&[Head::new("f", typeflag, 0).block()]);
+        assert_eq!((member.kind, member.typeflag), (MemberKind::Unknown, typeflag));
     }
 }
 
