@@ -7,7 +7,7 @@ use async_trait::async_trait;
 use bytes::Bytes;
 use millstream_oci::Digest;
 use millstream_prefetch::ImageSources;
-use millstream_source::{BlobSource, ByteStream, ContentSource, SourceError, WindowSource};
+use millstream_source::{BlobSource, ByteStream, ContentSource, Skeleton, SourceError, WindowSource};
 use millstream_toc::{BlobRange, DataRange};
 
 use crate::metrics::NodeMetrics;
@@ -52,5 +52,9 @@ impl WindowSource for Counted<dyn WindowSource> {
 impl ContentSource for Counted<dyn ContentSource> {
     async fn content(&self, layer: &Digest, range: DataRange) -> Result<Bytes, SourceError> {
         self.note("content", self.inner.content(layer, range).await)
+    }
+
+    async fn skeleton(&self, layer: &Digest) -> Result<Skeleton, SourceError> {
+        self.note("skeleton", self.inner.skeleton(layer).await)
     }
 }

@@ -61,7 +61,7 @@ impl Default for NodeMetrics {
         };
         // A series that begins at zero shows its first event.
         drop(metrics.decisions.get_or_create(&[("outcome", "lazy"), ("code", "")]));
-        for source in ["blob", "window", "content"] {
+        for source in ["blob", "window", "content", "skeleton"] {
             drop(metrics.requests.get_or_create(&[("source", source), ("code", "")]));
         }
         metrics
@@ -123,7 +123,7 @@ impl NodeMetrics {
         );
         registry.register(
             "source_requests",
-            "Requests to registry (blob) and server (window, content), by the code of the failure; empty: none",
+            "Requests to registry (blob) and server (window, content, skeleton), by the code of the failure; empty: none",
             self.requests.clone(),
         );
         let reads = self.reads.clone();

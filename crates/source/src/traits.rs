@@ -77,7 +77,5 @@ pub trait ContentSource: Send + Sync + std::fmt::Debug {
     async fn content(&self, layer: &Digest, range: DataRange) -> Result<Bytes, SourceError>;
 
     /// The skeleton of the layer. Not verified. Fails with [`crate::ErrorKind::NotFound`] where the source keeps none.
-    async fn skeleton(&self, layer: &Digest) -> Result<Skeleton, SourceError> {
-        Err(SourceError::new(crate::ErrorKind::NotFound, format!("no skeleton of layer {layer} here")))
-    }
+    async fn skeleton(&self, layer: &Digest) -> Result<Skeleton, SourceError>;
 }

@@ -264,9 +264,11 @@ fn collect(
         let first = (!meta.is_dir() && meta.nlink() > 1)
             .then(|| links.entry((meta.dev(), meta.ino())).or_insert_with(|| prefix.clone()).clone())
             .filter(|first| first != prefix);
-        let kind = match first {
-            Some(first) => Some(Kind::HardLink(first)),
-            None => kind_of(&at, &meta)?,
+        let kind = match (kind_of(&at, &meta)?, first) {
+            // The kernel makes one device of all whiteouts, with many names; that they are links of each other means nothing.
+            (whiteout @ Some(Kind::Character(0, 0)), _) => whiteout,
+            (_, Some(first)) => Some(Kind::HardLink(first)),
+            (kind, None) => kind,
         };
         match kind {
             Some(Kind::Character(0, 0)) => entries.push(Entry::whiteout(&String::from_utf8_lossy(prefix))),

@@ -10,13 +10,14 @@ use sha2::{Digest as _, Sha256};
 use crate::image::{Image, ImageInfo, pause};
 use crate::layer::{LayerInfo, Packing, entries_of};
 
-const SCRIPT: &str = include_str!("../../demo/web-image.sh");
+/// What makes the image: it is made anew when one of these has changed.
+const MADE_BY: &str = concat!(include_str!("../../demo/web-image.sh"), include_str!("layer.rs"));
 /// Program that makes its base.
 pub const PROGRAM: &str = "mmdebstrap";
 /// Tag of the image in the layout.
 pub const TAG: &str = "web";
 
-/// The OCI layout that holds the demo image and the pause image; made if it is not there or the script has changed. `dir` is
+/// The OCI layout that holds the demo image and the pause image; made if it is not there or what makes it has changed. `dir` is
 /// an absolute path.
 ///
 /// # Errors
@@ -25,8 +26,8 @@ pub const TAG: &str = "web";
 pub fn layout(dir: &Path) -> Result<PathBuf> {
     let layout = dir.join("layout");
     let stamp = layout.join("made-by");
-    let script = hex::encode(Sha256::digest(SCRIPT));
-    if std::fs::read_to_string(&stamp).is_ok_and(|made_by| made_by == script) {
+    let made_by = hex::encode(Sha256::digest(MADE_BY));
+    if std::fs::read_to_string(&stamp).is_ok_and(|before| before == made_by) {
         println!("- the image is there from an earlier run");
         return Ok(layout);
     }
@@ -49,7 +50,7 @@ pub fn layout(dir: &Path) -> Result<PathBuf> {
     image.write(&layout, TAG)?;
     pause()?.write(&layout, "pause")?;
     std::fs::remove_dir_all(&trees)?;
-    std::fs::write(stamp, script)?;
+    std::fs::write(stamp, made_by)?;
     Ok(layout)
 }
 
