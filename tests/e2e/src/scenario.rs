@@ -121,7 +121,7 @@ pub fn lazy_by(
 ) -> Result<()> {
     let mut stage = Stage::set()?;
     let image = stage.publish("small", &small()?)?;
-    let node = stage.node_on_demand()?;
+    let node = Node::start(&stage.work, &stage.asking_options(version))?;
     let containerd = stage.containerd(version, &node, true)?;
     stage.count_from_now()?;
     pull(&stage, &containerd, &image)?;
