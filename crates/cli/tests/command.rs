@@ -172,7 +172,8 @@ fn the_doctor_finds_what_is_not_there() {
     let dir = tempfile::tempdir().unwrap();
     let settings = dir.path().join("settings.toml");
     let root = dir.path().join("root");
-    std::fs::write(&settings, format!("root = {root:?}\nsocket = \"/nowhere/s\"\n")).unwrap();
+    std::fs::write(&settings, format!("root = {root:?}\nsocket = \"/nowhere/s\"\n[server]\nembedded = false\n"))
+        .unwrap();
     let arguments = [
         ["--config", settings.to_str().unwrap()],
         ["--containerd-config", "/nowhere/config.toml"],

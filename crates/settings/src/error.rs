@@ -7,7 +7,7 @@ use std::path::PathBuf;
 #[non_exhaustive]
 pub enum SettingsError {
     /// The file cannot be read.
-    #[error("reading settings {path}: {source}")]
+    #[error("reading settings {path}")]
     Read {
         /// Which file.
         path: PathBuf,
@@ -15,7 +15,7 @@ pub enum SettingsError {
         source: std::io::Error,
     },
     /// Something is wrong in a file.
-    #[error("in settings {path}: {source}")]
+    #[error("in settings {path}")]
     File {
         /// Which file.
         path: PathBuf,
@@ -23,7 +23,7 @@ pub enum SettingsError {
         source: Box<SettingsError>,
     },
     /// Not TOML, or a value of the wrong type. The text shows line and column.
-    #[error("{0}")]
+    #[error(transparent)]
     Toml(#[from] toml::de::Error),
     /// A key that does not exist.
     #[error("unknown key `{key}` in line {line}{}", did_you_mean(nearest.as_ref()))]

@@ -159,6 +159,9 @@ fn header(path: &[&str]) -> String {
     quoted.join(".")
 }
 
+/// What follows where containerd does not say which image a layer is of.
+const LOOKED_UP: &str = "millstreamd has to look for it in containerd's content store, without containerd.address every image is pulled as always";
+
 /// Whether containerd says which image a layer is of.
 fn labels(config: &Table, places: &Places, version: Version, name: &str, entry: &Table) -> Finding {
     let images = at(config, places.images);
@@ -170,8 +173,8 @@ fn labels(config: &Table, places: &Places, version: Version, name: &str, entry: 
     }
     let place = header(places.images);
     if version < TRANSFER {
-        return failed(
-            "CRI does not say which image a layer is of: every image is pulled as always (labels.missing)".to_owned(),
+        return warning(
+            format!("CRI does not say which image a layer is of: {LOOKED_UP}"),
             format!("set disable_snapshot_annotations = false in [{place}]"),
         );
     }
@@ -181,9 +184,8 @@ fn labels(config: &Table, places: &Places, version: Version, name: &str, entry: 
             "the transfer service says which image a layer is of (enable_remote_snapshot_annotations)".to_owned()
         );
     }
-    failed(
-        "the transfer service does not say which image a layer is of: every image is pulled as always (labels.missing)"
-            .to_owned(),
+    warning(
+        format!("the transfer service does not say which image a layer is of: {LOOKED_UP}"),
         format!("set enable_remote_snapshot_annotations = \"true\" in [proxy_plugins.{name}.exports]"),
     )
 }
@@ -258,11 +260,11 @@ mod tests {
     #[test]
     fn each_line_of_the_samples_that_matters_is_missed() {
         for (config, version, take_out, verdict) in [
-            (SAMPLE_V2, Version(1, 6), "disable_snapshot_annotations = false", Verdict::Failed),
+            (SAMPLE_V2, Version(1, 6), "disable_snapshot_annotations = false", Verdict::Warning),
             (SAMPLE_V2, Version(1, 6), "snapshotter = \"millstream\"", Verdict::Failed),
             (SAMPLE_V2, Version(1, 6), "address = \"/run/millstream/millstream.sock\"", Verdict::Failed),
             (SAMPLE_V2, Version(1, 6), "config_path = \"/etc/containerd/certs.d\"", Verdict::Warning),
-            (SAMPLE_V3, Version(2, 1), "enable_remote_snapshot_annotations = \"true\"", Verdict::Failed),
+            (SAMPLE_V3, Version(2, 1), "enable_remote_snapshot_annotations = \"true\"", Verdict::Warning),
             (SAMPLE_V3, Version(2, 1), "snapshotter = \"overlayfs\"", Verdict::Warning),
         ] {
             let at = config.lines().position(|line| line.trim() == take_out).unwrap();
@@ -279,7 +281,7 @@ mod tests {
             .replace("# disable_snapshot_annotations", "disable_snapshot_annotations")
             .replace("enable_remote_snapshot_annotations = \"true\"", "");
         assert_eq!(worst(&config, Version(2, 2)).0, Verdict::Ok);
-        assert_eq!(worst(SAMPLE_V3, Version(2, 0)).0, Verdict::Failed, "2.0 has no transfer for CRI");
+        assert_eq!(worst(SAMPLE_V3, Version(2, 0)).0, Verdict::Warning, "2.0 has no transfer for CRI");
     }
 
     #[test]

@@ -86,13 +86,16 @@ fn hard_limit(limits: &str) -> Option<Option<u64>> {
 async fn server(settings: &Settings) -> Check {
     let server = &settings.server;
     if server.address.is_empty() {
-        return Check::new(
-            "millstream-server",
-            "server.address",
-            Verdict::Warning,
-            "not set: every image is pulled as always",
-        )
-        .hint("set server.address and server.ca in the settings of millstreamd");
+        let check = |verdict, found| Check::new("millstream-server", "server.address", verdict, found);
+        return if !server.embedded {
+            check(Verdict::Warning, "not set, and server.embedded is false: every image is pulled as always")
+                .hint("set server.address and server.ca in the settings of millstreamd")
+        } else if settings.containerd.address.as_os_str().is_empty() {
+            check(Verdict::Warning, "not set, and the embedded server needs containerd.address to index images")
+                .hint("set containerd.address in the settings of millstreamd")
+        } else {
+            check(Verdict::Ok, "not set: the embedded server indexes what ordinary pulls leave in containerd")
+        };
     }
     let identity = server.cert.as_deref().zip(server.key.as_deref());
     let check = |verdict, found: String| Check::new("millstream-server", &server.address, verdict, found);
