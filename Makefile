@@ -10,7 +10,7 @@ help: ## list the doors
 
 toolchain:
 	@command -v cargo >/dev/null || { echo "cargo is missing; hint: install Rust $(RUST) or newer with rustup" >&2; exit 1; }
-	@command -v cc >/dev/null || { echo "a C compiler is missing; hint: apt-get install gcc libc6-dev" >&2; exit 1; }
+	@command -v cc >/dev/null || tests/tools/install.sh compiler
 	@have=$$(cargo --version | cut -d' ' -f2); \
 	oldest=$$(printf '%s\n%s\n' "$(RUST)" "$$have" | sort -V | head -n 1); \
 	[ "$$oldest" = "$(RUST)" ] || { echo "Rust $$have is too old, $(RUST) is the oldest that works; hint: rustup update stable" >&2; exit 1; }

