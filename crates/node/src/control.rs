@@ -117,7 +117,8 @@ impl Node for Control {
         }
         if decisions.is_empty() {
             // A client that passes no labels does not say which image it pulls: perhaps it was this one.
-            decisions = self.images.catalog.decisions("").map_err(internal)?.into_iter().take(1).collect();
+            let unnamed = self.images.catalog.decisions("").map_err(internal)?;
+            decisions = unnamed.into_iter().filter(|decision| decision.image.is_empty()).take(1).collect();
         }
         Ok(Response::new(wire::ExplainResponse { decisions: decisions.into_iter().map(to_wire).collect() }))
     }
