@@ -8,6 +8,7 @@ use std::time::{Duration, Instant, SystemTime, UNIX_EPOCH};
 
 use async_trait::async_trait;
 use millstream_chunkstore::{Layer, LayerState, Store};
+use millstream_layerfs::{Contradiction, ViewLayer, contradiction};
 use millstream_oci::{ChainId, Digest, ManifestDigest};
 use millstream_prefetch::{FetchEvents, Fetcher};
 use millstream_snapshots::{
@@ -18,6 +19,7 @@ use tokio::sync::OnceCell;
 use tracing::{error, info, warn};
 
 use crate::catalog::{Catalog, Decision, ImageRecord, LayerRecord};
+use crate::embedded::Embedded;
 use crate::labels::{Wanted, image_name};
 use crate::lookup::Lookup;
 use crate::metrics::NodeMetrics;
@@ -55,6 +57,8 @@ struct Plan {
 struct Slot {
     made: Instant,
     used: Instant,
+    /// Images that the embedded server had indexed before.
+    indexed: u64,
     plan: Arc<OnceCell<Arc<Plan>>>,
 }
 
@@ -114,11 +118,13 @@ impl NodeImages {
     /// them. `until` is when the caller stops waiting.
     async fn plan(self: &Arc<Self>, wanted: &Wanted, bottom: bool, until: Instant) -> Arc<Plan> {
         let key = (wanted.image.name(), wanted.manifest);
+        let indexed = self.origins.embedded.as_ref().map_or(0, Embedded::indexed);
         let cell = {
             let now = Instant::now();
             let mut plans = self.plans.lock().unwrap_or_else(PoisonError::into_inner);
             plans.retain(|_, slot| {
-                now.duration_since(slot.used) < PLAN_LIFE && now.duration_since(slot.made) < PLAN_AGE
+                let fresh = now.duration_since(slot.used) < PLAN_LIFE && now.duration_since(slot.made) < PLAN_AGE;
+                fresh && slot.indexed == indexed
             });
             if bottom && plans.get(&key).is_some_and(|slot| now.duration_since(slot.made) >= PLAN_SHARED) {
                 plans.remove(&key);
@@ -126,7 +132,7 @@ impl NodeImages {
             if plans.len() >= MAX_PLANS {
                 plans.clear();
             }
-            let slot = plans.entry(key).or_insert_with(|| Slot { made: now, used: now, plan: Arc::default() });
+            let slot = plans.entry(key).or_insert_with(|| Slot { made: now, used: now, indexed, plan: Arc::default() });
             slot.used = now;
             Arc::clone(&slot.plan)
         };
@@ -271,9 +277,13 @@ impl NodeImages {
         let _guard = self.admission.lock().await;
         let (this, name, described) = (Arc::clone(self), wanted.image.name(), record.clone());
         let admitted = tokio::task::spawn_blocking(move || this.admit(&name, &described, lazy, &tocs)).await??;
-        let admitted = match admitted {
+        let (admitted, stop) = match admitted {
             Ok(admitted) => admitted,
             Err(mismatch) => return Ok(Plan { decision: ImageDecision::Deferred(mismatch), record }),
+        };
+        let decision = match stop {
+            Some(reason) => ImageDecision::Lazy { lazy: admitted.len(), rest: Some(reason) },
+            None => decision,
         };
         let sources = origin.sources();
         for layer in admitted {
@@ -286,15 +296,15 @@ impl NodeImages {
         Ok(Plan { decision, record })
     }
 
-    /// Takes tables into the store and remembers the image. Gives those of its first `lazy` layers that are there, or why the
-    /// tables are not those of the image. Blocks; the caller holds `admission`.
+    /// Takes tables into the store and remembers the image. Gives those of its first `lazy` layers that are there and, if that
+    /// ends before the last of them, why; or why the tables are not those of the image. Blocks; the caller holds `admission`.
     fn admit(
         &self,
         name: &str,
         record: &ImageRecord,
         lazy: usize,
         tocs: &[Vec<u8>],
-    ) -> anyhow::Result<Result<Vec<Arc<Layer>>, Reason>> {
+    ) -> anyhow::Result<Result<(Vec<Arc<Layer>>, Option<Reason>), Reason>> {
         self.remove_dying()?;
         self.store.admit_all(tocs)?;
         let mut admitted = Vec::new();
@@ -306,8 +316,17 @@ impl NodeImages {
             }
             admitted.push(layer);
         }
+        let stop = impossible(&admitted)?.map(|found| {
+            admitted.truncate(found.layer);
+            let (layer, layers, path) = (found.layer + 1, record.layers.len(), String::from_utf8_lossy(&found.path));
+            let text = format!(
+                "layer {layer} of {layers} cannot be lazy: it has something in the directory {path}, and a layer below has no \
+                 directory on the way there; containerd will not unpack it either"
+            );
+            Reason::new("image.not-eligible", text)
+        });
         self.catalog.put_image(name, record)?;
-        Ok(Ok(admitted))
+        Ok(Ok((admitted, stop)))
     }
 
     /// Removes the layers that were given back. Blocks; the caller holds `admission`.
@@ -548,6 +567,12 @@ fn record_decisions(catalog: Catalog) -> SyncSender<Decision> {
 
 /// Layers whose TOCs the server is told to leave out, at most.
 const MAX_KNOWN_LAYERS: usize = 1000;
+
+/// What makes a layer one that containerd could not unpack over those below it.
+fn impossible(layers: &[Arc<Layer>]) -> anyhow::Result<Option<Contradiction>> {
+    let layer = |layer: &Arc<Layer>| ViewLayer { number: layer.number(), toc: Arc::clone(layer.toc()) };
+    Ok(contradiction(&layers.iter().map(layer).collect::<Vec<_>>())?)
+}
 
 fn none(wanted: &Wanted) -> ImageRecord {
     ImageRecord { image: wanted.image.to_string(), manifest: wanted.manifest, layers: Vec::new() }
