@@ -60,7 +60,7 @@ impl Control {
 
 #[tonic::async_trait]
 impl Node for Control {
-    type IndexImageStream = millstream_server::ImportStream;
+    type IndexImageStream = crate::embedded::Indexing;
 
     async fn status(&self, _request: Request<wire::StatusRequest>) -> Result<Response<wire::StatusResponse>, Status> {
         let mut images: BTreeMap<Digest, Vec<String>> = BTreeMap::new();
