@@ -194,6 +194,27 @@ impl Node {
         self.process.take().map_or(Ok(()), Process::crash)
     }
 
+    /// SIGKILL to the supervisor and its workers at once, as when the machine fails.
+    ///
+    /// # Errors
+    ///
+    /// If they do not end.
+    pub fn crash_wholly(&mut self) -> Result<()> {
+        let workers = self.workers();
+        self.crash()?;
+        eventually("the end of the workers", READY, || {
+            for pid in workers.iter().filter_map(|pid| rustix::process::Pid::from_raw(*pid)) {
+                // It ends by itself when its supervisor does.
+                rustix::process::kill_process(pid, rustix::process::Signal::KILL).ok();
+            }
+            let ended = |pid: &i32| {
+                let stat = std::fs::read_to_string(format!("/proc/{pid}/stat")).unwrap_or_default();
+                stat.is_empty() || stat.contains(") Z ")
+            };
+            workers.iter().all(ended).then_some(())
+        })
+    }
+
     /// Asks it to end.
     ///
     /// # Errors
