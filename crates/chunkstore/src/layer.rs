@@ -220,11 +220,14 @@ impl Layer {
         // What is seen here stays until it is read.
         let _content = self.content.read().unwrap_or_else(PoisonError::into_inner);
         let missing = self.missing(range)?;
-        self.data.read_exact_at(out, range.start).map_err(|error| match error.kind() {
+        let read = self.data.read_exact_at(out, range.start).map_err(|error| match error.kind() {
             std::io::ErrorKind::UnexpectedEof => damaged("data file", &self.digest),
             _ => StoreError::io("read", &self.data_path, error),
-        })?;
-        Ok(missing)
+        });
+        if read.is_err() {
+            self.space.note(&read);
+        }
+        read.map(|()| missing)
     }
 
     /// Has `copy` take the content of `chunks` out of the data file, if all of them are there and can be trusted.

@@ -16,6 +16,6 @@ pub use error::StoreError;
 pub use index::{MAX_NUMBER, ViewKey, ViewSlot};
 pub use layer::{Layer, LayerState};
 pub use share::Shares;
-pub use space::{Refusal, Space};
+pub use space::{Claim, Refusal, Space};
 pub use store::{Store, StoreOptions};
 pub use views::ViewBytes;

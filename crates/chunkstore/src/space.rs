@@ -2,6 +2,7 @@
 
 use std::sync::atomic::{AtomicU64, Ordering};
 use std::sync::{Mutex, PoisonError};
+use std::time::SystemTime;
 
 use crate::StoreError;
 
@@ -44,12 +45,24 @@ impl Refusal {
     }
 }
 
+/// A layer that did not fit.
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+pub struct Claim {
+    /// Bytes that it misses.
+    pub bytes: u64,
+    /// When somebody last had use for it. Only what was used longer ago should give way.
+    pub used: SystemTime,
+}
+
 /// The account of a store. What counts is the content of layers in whole blocks, shared blocks as if they were copies; tables
 /// of contents and views come on top, with one to two hundredths of that.
 #[derive(Debug)]
 pub struct Space {
     used: AtomicU64,
     limit: AtomicU64,
+    /// As `limit`, for what nobody waits for.
+    background: AtomicU64,
+    claim: Mutex<Option<Claim>>,
     evicted: AtomicU64,
     refused: [AtomicU64; Refusal::ALL.len()],
     /// The last attempt to store something came to this.
@@ -61,6 +74,8 @@ impl Default for Space {
         Self {
             used: AtomicU64::new(0),
             limit: AtomicU64::new(u64::MAX),
+            background: AtomicU64::new(u64::MAX),
+            claim: Mutex::default(),
             evicted: AtomicU64::new(0),
             refused: Default::default(),
             trouble: Mutex::default(),
@@ -81,10 +96,30 @@ impl Space {
         self.evicted.load(Ordering::Relaxed)
     }
 
-    /// Nothing is stored any more from so many bytes on; `u64::MAX`: no bound. What is under way at once may exceed it, by
-    /// one chunk for each writer, or 8 MiB where content is taken over from another layer.
-    pub fn set_limit(&self, limit: u64) {
+    /// Nothing is stored any more from `limit` bytes on, and beyond `background` no layer begins to be made wholly local;
+    /// `u64::MAX`: no bound. What is under way at once may exceed it, by one chunk for each writer, or 8 MiB where content is
+    /// taken over from another layer.
+    pub fn set_limits(&self, limit: u64, background: u64) {
         self.limit.store(limit, Ordering::Relaxed);
+        self.background.store(background, Ordering::Relaxed);
+    }
+
+    /// Whether `bytes` more of a layer fit, which was last used at `used`. If not, it is remembered until
+    /// [`Space::take_claim`].
+    pub fn claim(&self, bytes: u64, used: SystemTime) -> bool {
+        if self.used().saturating_add(bytes) <= self.background.load(Ordering::Relaxed) {
+            return true;
+        }
+        let mut claim = self.claim.lock().unwrap_or_else(PoisonError::into_inner);
+        if claim.is_none_or(|claim| claim.used <= used) {
+            *claim = Some(Claim { bytes, used });
+        }
+        false
+    }
+
+    /// The claim of the layer that was used last, of those that did not fit since the last call.
+    pub fn take_claim(&self) -> Option<Claim> {
+        self.claim.lock().unwrap_or_else(PoisonError::into_inner).take()
     }
 
     /// Bytes that may still be stored.

@@ -360,6 +360,12 @@ impl Store {
         durable::remove_tree(&self.layer_dir(digest))
     }
 
+    /// Its directory.
+    #[must_use]
+    pub fn root(&self) -> &Path {
+        &self.root
+    }
+
     /// What its content takes of the disk, and may take.
     #[must_use]
     pub fn space(&self) -> &Space {

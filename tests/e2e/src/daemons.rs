@@ -47,6 +47,8 @@ pub struct NodeOptions {
     pub hydration: bool,
     /// How long a read may wait for its bytes.
     pub read_deadline: Duration,
+    /// Further tables of the settings, as they stand in the file.
+    pub more: String,
 }
 
 impl NodeOptions {
@@ -60,6 +62,7 @@ impl NodeOptions {
             containerd: None,
             hydration: true,
             read_deadline: Duration::from_secs(60),
+            more: String::new(),
         }
     }
 }
@@ -399,6 +402,7 @@ fn node_settings(dir: &Path, options: &NodeOptions) -> Result<String> {
     let deadline = options.read_deadline.as_millis();
     writeln!(text, "\n[fetch]\nhydration = {}\nread_deadline = \"{deadline}ms\"", options.hydration)?;
     text.push_str("\n[log]\nlevel = \"debug,h2=info,hyper=info,tonic=info,tower=info\"\n");
+    text.push_str(&options.more);
     Ok(text)
 }
 

@@ -94,13 +94,47 @@ impl Disk {
         output(&mut mount).map(drop)
     }
 
-    /// Mounts it anew with this option, such as `ro` or `rw`.
+    /// Has ext4 find an error, after which it is mounted read-only, whoever writes to it.
     ///
     /// # Errors
     ///
-    /// If it cannot be.
-    pub fn remount(&self, option: &str) -> Result<()> {
-        output(Command::new("mount").args(["-o", &format!("remount,{option}")]).arg(&self.at)).map(drop)
+    /// If it is not ext4, or does not become so.
+    pub fn find_error(&self) -> Result<()> {
+        output(Command::new("mount").args(["-o", "remount,errors=remount-ro"]).arg(&self.at))?;
+        let device = output(Command::new("findmnt").args(["-n", "-o", "SOURCE"]).arg(&self.at))?;
+        let name = device.trim().trim_start_matches("/dev/");
+        std::fs::write(format!("/sys/fs/ext4/{name}/trigger_fs_error"), "for a test")?;
+        let read_only = || {
+            let disk = rustix::fs::statvfs(&self.at).ok()?;
+            disk.f_flag.contains(rustix::fs::StatVfsMountFlags::RDONLY).then_some(())
+        };
+        eventually("the read-only mount", BUSY, read_only)
+    }
+
+    /// Takes all its space but `left` bytes; it comes back when the file that is named is removed.
+    ///
+    /// # Errors
+    ///
+    /// If the space cannot be taken.
+    pub fn fill(&self, left: u64) -> Result<PathBuf> {
+        let path = self.at.join("filler");
+        let file = std::fs::File::create(&path)?;
+        let mut taken = 0;
+        // Blocks of metadata come on top: whatever still fits is taken in ever smaller pieces.
+        for piece in [1 << 20, 64 << 10, 4 << 10] {
+            loop {
+                let disk = rustix::fs::statvfs(&self.at)?;
+                let free = disk.f_bfree.saturating_mul(disk.f_frsize);
+                let fits = free >= left.saturating_add(piece)
+                    && rustix::fs::fallocate(&file, rustix::fs::FallocateFlags::empty(), taken, piece).is_ok();
+                if !fits {
+                    break;
+                }
+                taken += piece;
+            }
+        }
+        file.sync_all()?;
+        Ok(path)
     }
 
     /// From now on nothing reaches the disk, and all that was not synced is lost.

@@ -15,9 +15,10 @@ use millstream_e2e::daemons::{Node, NodeOptions};
 use millstream_e2e::disk::{DISK, Disk, FileSystem};
 use millstream_e2e::image::Image;
 use millstream_e2e::layer::{Entry, Packing, noise};
-use millstream_e2e::process::let_pass;
+use millstream_e2e::process::{eventually, let_pass};
 use millstream_e2e::stage::{Pushed, Stage, await_verified, can_be_set, layers_of};
 use millstream_wire::containerd::services::snapshots::v1::Kind;
+use millstream_wire::millstream::v1::LayerStatus;
 use millstream_wire::millstream::v1::layer_status::State;
 
 /// XFS takes no less than 300 MiB.
@@ -87,12 +88,18 @@ struct Bench {
 impl Bench {
     /// The node downloads nothing in the background until it is told to.
     fn set(kind: FileSystem) -> Self {
+        Self::set_with(kind, "")
+    }
+
+    /// With further lines of `[store]`.
+    fn set_with(kind: FileSystem, store: &str) -> Self {
         let stage = Stage::set().unwrap();
         let images = (0..IMAGES).map(|number| stage.publish(&format!("app{number}"), &image(number)).unwrap());
         let images = images.collect();
         let root = stage.work.path().join("node/root");
         let disk = Disk::make(&stage.work, "disk", kind, DISK_SIZE, &root).unwrap();
-        let options = NodeOptions { hydration: false, ..stage.node_options() };
+        let more = format!("[store]\nsync_interval = \"20ms\"\n{store}");
+        let options = NodeOptions { hydration: false, more, ..stage.node_options() };
         let node = Node::start(&stage.work, &options).unwrap();
         Self { node, disk, images, random: Random::seeded(), stage }
     }
@@ -137,7 +144,7 @@ fn cut_in_hydration(kind: FileSystem, rounds: usize) {
     let mut bench = Bench::set(kind);
     let mut tops: BTreeMap<usize, String> = BTreeMap::new();
     let mut span = Duration::from_secs(1);
-    let mut halfway = 0;
+    let (mut halfway, mut kept) = (0, 0);
     for round in 0..rounds {
         let number = round % IMAGES;
         let caller = bench.caller();
@@ -154,23 +161,26 @@ fn cut_in_hydration(kind: FileSystem, rounds: usize) {
             let moment = bench.moment(span);
             let_pass(moment);
         }
-        let before = verified(&bench);
-        let whole = bench.images[number].layers().iter().all(|layer| before.contains(layer));
-        halfway += usize::from(!whole);
+        let before = bench.node.status().unwrap().layers;
+        let whole = |layer: &LayerStatus| layer.state() == State::Verified;
+        halfway += usize::from(!before.iter().all(whole));
         bench.cut();
-        // Nothing is downloaded in the background now: what is verified was so before.
-        let after = verified(&bench);
-        assert!(after.is_superset(&before), "verified before: {before:?}, after: {after:?}");
+        // Nothing is downloaded in the background now: what is here was so before.
+        let after = bench.node.status().unwrap();
+        for layer in &before {
+            let now = after.layers.iter().find(|now| now.layer == layer.layer).unwrap();
+            assert!(now.state() == State::Verified || !whole(layer), "before: {layer:?}, now: {now:?}");
+            assert!(now.bytes_present >= layer.bytes_synced, "before: {layer:?}, now: {now:?}");
+            kept += if whole(layer) { 0 } else { layer.bytes_synced };
+        }
+        assert_eq!(after.transfer.unwrap().requests, 0, "something was fetched already");
         let caller = bench.caller();
         tops.insert(number, top);
         for (number, top) in &tops {
             bench.look(&caller, *number, top);
         }
-        if whole && tops.len() == 1 {
-            assert_eq!(bench.node.status().unwrap().transfer.unwrap().demand_bytes, 0, "fetched again");
-        }
     }
-    println!("{rounds} cuts on {}, {halfway} of them half-way", kind.name());
+    println!("{rounds} cuts on {}, {halfway} of them half-way, {kept} bytes of these layers kept", kind.name());
     assert!(halfway * 4 >= rounds, "the moments are not those of hydration: {halfway} of {rounds}");
     bench.node.set_hydration(true).unwrap();
     for number in tops.keys() {
@@ -185,6 +195,62 @@ fn cut_in_hydration(kind: FileSystem, rounds: usize) {
     }
 }
 
+/// The layers whose directory changed since, of those in `before`.
+fn changed(bench: &Bench, before: &BTreeMap<String, SystemTime>) -> BTreeSet<String> {
+    before.iter().filter(|(layer, then)| touched(bench, layer) != **then).map(|(layer, _)| layer.clone()).collect()
+}
+
+/// When a name in the directory of a layer last changed. For one that is verified, that is an eviction.
+fn touched(bench: &Bench, layer: &str) -> SystemTime {
+    let directory = bench.disk.path().join("layers").join(layer.trim_start_matches("sha256:"));
+    directory.metadata().unwrap().modified().unwrap()
+}
+
+fn cut_in_eviction(kind: FileSystem, rounds: usize) {
+    // One image fits, and half of another one.
+    let mut bench = Bench::set_with(kind, "quota = \"12MiB\"\nhigh_water = 80\nlow_water = 30\n");
+    let mut tops: BTreeMap<usize, String> = BTreeMap::new();
+    let mut halfway = 0;
+    for round in 0..rounds {
+        // One is made local, then another one wants its place.
+        let numbers = [round % IMAGES, (round + 1) % IMAGES];
+        let caller = bench.caller();
+        bench.node.set_hydration(true).unwrap();
+        for number in numbers {
+            let top = tops.entry(number).or_insert_with(|| caller.pull(&bench.images[number]).unwrap());
+            // A container begins, and has ended.
+            caller.prepare("use", top, HashMap::new()).unwrap();
+            caller.remove("use").unwrap();
+            if number == numbers[0] {
+                await_verified(&bench.node, &bench.images[number]).unwrap();
+                // The last use counts in seconds.
+                let_pass(Duration::from_millis(1001));
+            }
+        }
+        let before: BTreeMap<String, SystemTime> =
+            verified(&bench).into_iter().map(|layer| (layer.clone(), touched(&bench, &layer))).collect();
+        eventually("an eviction", Duration::from_secs(20), || (!changed(&bench, &before).is_empty()).then_some(()))
+            .unwrap();
+        let moment = bench.moment(Duration::from_millis(25));
+        let_pass(moment);
+        bench.disk.cut().unwrap();
+        let changed = changed(&bench, &before);
+        bench.come_back();
+        let after = verified(&bench);
+        halfway += usize::from(changed.iter().any(|layer| after.contains(layer)) || changed.len() < before.len());
+        for layer in before.keys().filter(|layer| !changed.contains(*layer)) {
+            assert!(after.contains(layer), "{layer} was not given up and is not whole");
+        }
+        let caller = bench.caller();
+        for (number, top) in &tops {
+            bench.look(&caller, *number, top);
+        }
+        assert_eq!(bench.node.status().unwrap().store.unwrap().quota_bytes, 12 << 20);
+    }
+    println!("{rounds} cuts on {}, {halfway} of them with evictions under way or to come", kind.name());
+    assert!(halfway > 0, "the moments are not those of evictions");
+}
+
 /// Removes an image's snapshots and waits until its layers are gone.
 fn give_back(bench: &Bench, caller: &Caller, number: usize, top: &str) {
     let mut name = top.to_owned();
@@ -194,7 +260,7 @@ fn give_back(bench: &Bench, caller: &Caller, number: usize, top: &str) {
         name = below;
     }
     let gone = || layers_of(&bench.node, &bench.images[number]).ok()?.is_empty().then_some(());
-    millstream_e2e::process::eventually("the end of the layers", Duration::from_secs(20), gone).unwrap();
+    eventually("the end of the layers", Duration::from_secs(20), gone).unwrap();
 }
 
 /// What the snapshotter has acknowledged.
@@ -358,10 +424,20 @@ fn commits_on_xfs() {
 }
 
 #[test]
+fn evictions_on_ext4() {
+    run(FileSystem::Ext4, FEW, cut_in_eviction);
+}
+
+#[test]
+fn evictions_on_xfs() {
+    run(FileSystem::Xfs, FEW, cut_in_eviction);
+}
+
+#[test]
 #[ignore = "some minutes; make soak"]
 fn hundred_cuts_of_each_kind() {
     for kind in [FileSystem::Ext4, FileSystem::Xfs] {
-        for test in [cut_in_hydration, cut_in_commit] {
+        for test in [cut_in_hydration, cut_in_commit, cut_in_eviction] {
             run(kind, MANY, test);
         }
     }
