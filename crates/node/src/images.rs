@@ -14,7 +14,8 @@ use millstream_prefetch::{FetchEvents, Fetcher};
 use millstream_snapshots::{
     ImageDecision, LazyImages, PrepareOutcome, PrepareRequest, Reason, Usage, ViewFailure, outcome,
 };
-use millstream_source::{SourceError, names};
+use millstream_source::{ErrorKind, SourceError, names};
+use rustix::fs::StatVfsMountFlags;
 use tokio::sync::OnceCell;
 use tracing::{error, info, warn};
 
@@ -42,6 +43,9 @@ const MAX_PLANS: usize = 256;
 
 /// Part of a decision's time that may go into finding out which image is meant.
 const LOOKUP: f32 = 0.3;
+
+/// Bytes that must be free on the disk for new lazy layers: for tables, views and records.
+const METADATA_ROOM: u64 = 16 << 20;
 
 /// Code of a layer that was given back while a decision said lazy.
 const RELEASED: &str = "node.released";
@@ -287,6 +291,7 @@ impl NodeImages {
         };
         let sources = origin.sources();
         for layer in admitted {
+            layer.note_use(SystemTime::now());
             if layer.state() == LayerState::Lazy {
                 let digest = layer.digest();
                 self.fetcher.attach(layer, sources.clone());
@@ -417,6 +422,42 @@ impl NodeImages {
         Ok(())
     }
 
+    /// Sees to it that the fetcher has sources of a layer, also of one that was wholly local. Blocks, and must not be called on
+    /// a thread of the runtime: a credential helper may take seconds.
+    ///
+    /// # Errors
+    /// When no image is known that has the layer, or its credential cannot be had.
+    pub fn supply(&self, layer: &Arc<Layer>) -> Result<(), SourceError> {
+        let digest = layer.digest();
+        if self.fetcher.is_attached(&digest) {
+            return Ok(());
+        }
+        let local = |error: anyhow::Error| SourceError::new(ErrorKind::Local, format!("{error:#}"));
+        let mut last = SourceError::new(ErrorKind::NotFound, format!("no image is known that has layer {digest}"));
+        let known = self.catalog.images().map_err(local)?.into_iter().map(|(_, record)| record);
+        for record in known.filter(|record| record.layers.iter().any(|layer| layer.digest == digest)) {
+            let image = record.image.parse().map_err(|error: millstream_oci::ReferenceError| local(error.into()));
+            match image.and_then(|image| self.origins.of(&image, record.manifest)) {
+                Ok(origin) => {
+                    self.fetcher.attach(Arc::clone(layer), origin.sources());
+                    return Ok(());
+                }
+                Err(error) => last = error,
+            }
+        }
+        Err(last)
+    }
+
+    /// Somebody is about to use these layers. What was given up of them comes back, as far as there is room.
+    fn note_use(&self, layers: &[Digest]) {
+        for layer in layers.iter().filter_map(|digest| self.store.layer(digest)) {
+            layer.note_use(SystemTime::now());
+            if layer.state() == LayerState::Lazy && self.fetcher.is_attached(&layer.digest()) {
+                self.fetcher.hydrate(&layer.digest());
+            }
+        }
+    }
+
     async fn decide_wanted(self: Arc<Self>, request: PrepareRequest) -> PrepareOutcome {
         let until = Instant::now() + self.deadline;
         let streaming = match self.catalog.streaming() {
@@ -424,6 +465,9 @@ impl NodeImages {
             Err(error) => return failed(&error),
         };
         if let Some(reason) = outcome::precondition(streaming, None) {
+            return PrepareOutcome::Deferred { reason };
+        }
+        if let Some(reason) = self.no_room() {
             return PrepareOutcome::Deferred { reason };
         }
         let candidates = match self.candidates(&request).await {
@@ -454,6 +498,19 @@ impl NodeImages {
             first.get_or_insert(outcome);
         }
         first.unwrap_or_else(|| PrepareOutcome::deferred("labels.missing", "no image has this layer"))
+    }
+
+    /// Why nothing new can be taken in: tables and records need room on the disk. What is here is served all the same.
+    fn no_room(&self) -> Option<Reason> {
+        let root = self.store.root();
+        let disk = rustix::fs::statvfs(root).ok()?;
+        let free = disk.f_bavail.saturating_mul(disk.f_frsize);
+        let text = match (disk.f_flag.contains(StatVfsMountFlags::RDONLY), free < METADATA_ROOM) {
+            (true, _) => format!("{} is mounted read-only; hint: see the kernel's log", root.display()),
+            (_, true) => format!("only {free} bytes are free on the disk with {}; hint: make room", root.display()),
+            _ => return None,
+        };
+        Some(Reason::new("node.no-room", text))
     }
 
     /// Remembers what a request is taken for, for the name of its decision.
@@ -608,6 +665,7 @@ impl LazyImages for SharedImages {
     }
 
     async fn view(&self, run: &[Digest], below: &[PathBuf]) -> Result<PathBuf, ViewFailure> {
+        self.0.note_use(run);
         self.0.views.path(run, below).await.map_err(|error| {
             let message = format!("{error:#}");
             error!({ names::CODE } = "view.failed", error = message, "layers cannot be shown");

@@ -16,6 +16,7 @@ pub mod make_local;
 pub mod metrics;
 pub mod origin;
 pub mod page;
+pub mod quota;
 pub mod server_client;
 pub mod supervisor;
 pub mod views;
