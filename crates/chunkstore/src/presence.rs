@@ -58,6 +58,13 @@ pub(crate) fn is_set(words: &[u64], ix: u32) -> bool {
     words.get(ix as usize / 64).is_some_and(|word| word & bit(ix) != 0)
 }
 
+/// Takes chunk `ix` out of `words`.
+pub(crate) fn clear(words: &mut [u64], ix: u32) {
+    if let Some(word) = words.get_mut(ix as usize / 64) {
+        *word &= !bit(ix);
+    }
+}
+
 fn bit(ix: u32) -> u64 {
     1 << (ix % 64)
 }

@@ -7,7 +7,7 @@ use std::process::ExitCode;
 pub(crate) enum Exit {
     /// It was done.
     Ok,
-    /// It was tried and did not work; `doctor`: a check failed.
+    /// It was tried and did not work; `doctor`: a check failed; `check`: something is damaged still.
     Failed,
     /// A daemon cannot be reached, or does not answer.
     Unreachable,
@@ -34,7 +34,7 @@ impl Exit {
 pub(crate) const TABLE: &str = "\
 Exit codes:
   0  done
-  1  tried, and it did not work; doctor: a check failed
+  1  tried, and it did not work; doctor: a check failed; check: something is damaged still
   2  the command line makes no sense
   3  a daemon cannot be reached or does not answer
   4  the image is not there

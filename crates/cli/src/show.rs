@@ -23,6 +23,7 @@ pub(crate) fn status(status: &wire::StatusResponse, output: Output) -> anyhow::R
             "streaming": status.streaming_enabled,
             "hydration": status.hydration_enabled,
             "layers": layers,
+            "damages": status.damages.iter().map(damage_json).collect::<Vec<_>>(),
             "transfer": {
                 "demand_bytes": transfer.demand_bytes,
                 "hydrate_bytes": transfer.hydrate_bytes,
@@ -45,6 +46,12 @@ pub(crate) fn status(status: &wire::StatusResponse, output: Output) -> anyhow::R
         transfer.requests
     )?;
     writeln!(text, "not transferred:         {} shared with other images\n", HumanBytes(transfer.shared_bytes))?;
+    for damage in &status.damages {
+        writeln!(text, "DAMAGED  {}  {}\n    {}", damage.code, damage.object, damage.reason)?;
+    }
+    if !status.damages.is_empty() {
+        writeln!(text)?;
+    }
     if status.layers.is_empty() {
         writeln!(text, "no lazy layers on this node")?;
         return Ok(text);
@@ -69,6 +76,10 @@ fn state(layer: &wire::LayerStatus) -> &'static str {
         wire::layer_status::State::Verified => "verified",
         wire::layer_status::State::Quarantined => "quarantined",
     }
+}
+
+fn damage_json(damage: &wire::Damage) -> Value {
+    json!({ "code": damage.code, "object": damage.object, "reason": damage.reason })
 }
 
 fn layer_json(layer: &wire::LayerStatus) -> Value {

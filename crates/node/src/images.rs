@@ -6,6 +6,7 @@ use std::sync::mpsc::{SyncSender, sync_channel};
 use std::sync::{Arc, Mutex, MutexGuard, PoisonError};
 use std::time::{Duration, Instant, SystemTime, UNIX_EPOCH};
 
+use anyhow::Context;
 use async_trait::async_trait;
 use millstream_chunkstore::{Layer, LayerState, Store};
 use millstream_oci::{ChainId, Digest, ManifestDigest};
@@ -18,6 +19,7 @@ use tokio::sync::OnceCell;
 use tracing::{error, info, warn};
 
 use crate::catalog::{Catalog, Decision, ImageRecord, LayerRecord};
+use crate::damage::Damages;
 use crate::labels::{Wanted, image_name};
 use crate::lookup::Lookup;
 use crate::metrics::NodeMetrics;
@@ -68,6 +70,8 @@ pub struct NodeImages {
     pub(crate) origins: Origins,
     /// Says which image a client means that does not name it; none where containerd is not to be asked.
     pub(crate) lookup: Option<Lookup>,
+    /// What is broken on this node.
+    pub(crate) damages: Damages,
     /// Bound of one decision.
     pub(crate) deadline: Duration,
     metrics: NodeMetrics,
@@ -91,6 +95,7 @@ impl NodeImages {
         catalog: Catalog,
         origins: Origins,
         lookup: Option<Lookup>,
+        damages: Damages,
         deadline: Duration,
     ) -> Self {
         Self {
@@ -102,6 +107,7 @@ impl NodeImages {
             catalog,
             origins,
             lookup,
+            damages,
             deadline,
             plans: Mutex::default(),
             dying: Mutex::default(),
@@ -213,6 +219,12 @@ impl NodeImages {
         {
             return Ok((record.clone(), Vec::new()));
         }
+        let (record, layers) = self.ask(origin).await?;
+        Ok((record, layers.into_iter().filter_map(|layer| layer.bytes).collect()))
+    }
+
+    /// What the server says of the image, with the tables of those layers that are not here.
+    async fn ask(&self, origin: &Origin) -> Result<(ImageRecord, Vec<ServedLayer>), SourceError> {
         // The TOCs of layers that other images brought need not travel again; the server is told all that might matter.
         let known_layers = self.store.layers().into_iter().map(|layer| layer.digest());
         let known_layers =
@@ -226,7 +238,25 @@ impl NodeImages {
         });
         let record =
             ImageRecord { image: origin.image.clone(), manifest: origin.scope.manifest, layers: layers.collect() };
-        Ok((record, served.layers.into_iter().filter_map(|layer| layer.bytes).collect()))
+        Ok((record, served.layers))
+    }
+
+    /// Has the server describe an image again, and takes in the tables of those of its layers whose own are damaged. Gives what
+    /// it said.
+    ///
+    /// # Errors
+    /// Those of the server, of disk and database, and when a table is not that of the layer.
+    pub async fn bring_back(self: &Arc<Self>, repository: &str, origin: &Origin) -> anyhow::Result<ImageRecord> {
+        let (record, layers) = self.ask(origin).await?;
+        let wanted = |layer: &ServedLayer| self.store.is_damaged(&layer.digest);
+        let tocs = layers.into_iter().filter(wanted).filter_map(|layer| layer.bytes).collect();
+        let lazy = record.layers.len();
+        self.take_tables(repository.to_owned(), record.clone(), lazy, tocs, origin)
+            .await?
+            .map_err(|mismatch| anyhow::anyhow!("{}", mismatch.message))?;
+        let images = Arc::clone(self);
+        tokio::task::spawn_blocking(move || images.views.restore()).await??;
+        Ok(record)
     }
 
     /// Why a layer that is here already cannot be gone on with: windows and content of the server would not fit its table.
@@ -267,13 +297,27 @@ impl NodeImages {
             ImageDecision::Local => record.layers.len(),
             ImageDecision::Deferred(_) => return Ok(Plan { decision, record }),
         };
+        let taken = self.take_tables(wanted.image.name(), record.clone(), lazy, tocs, origin).await?;
+        let decision = taken.map_or_else(ImageDecision::Deferred, |()| decision);
+        Ok(Plan { decision, record })
+    }
+
+    /// Puts tables into the store and gives the first `lazy` layers of the image to the fetcher; or why they are not taken.
+    async fn take_tables(
+        self: &Arc<Self>,
+        name: String,
+        record: ImageRecord,
+        lazy: usize,
+        tocs: Vec<Vec<u8>>,
+        origin: &Origin,
+    ) -> anyhow::Result<Result<(), Reason>> {
         // Held until the fetcher knows the layers: one that is removed in between would be fetched for nobody.
         let _guard = self.admission.lock().await;
-        let (this, name, described) = (Arc::clone(self), wanted.image.name(), record.clone());
-        let admitted = tokio::task::spawn_blocking(move || this.admit(&name, &described, lazy, &tocs)).await??;
+        let this = Arc::clone(self);
+        let admitted = tokio::task::spawn_blocking(move || this.admit(&name, &record, lazy, &tocs)).await??;
         let admitted = match admitted {
             Ok(admitted) => admitted,
-            Err(mismatch) => return Ok(Plan { decision: ImageDecision::Deferred(mismatch), record }),
+            Err(mismatch) => return Ok(Err(mismatch)),
         };
         let sources = origin.sources();
         for layer in admitted {
@@ -283,7 +327,7 @@ impl NodeImages {
                 self.fetcher.hydrate(&digest);
             }
         }
-        Ok(Plan { decision, record })
+        Ok(Ok(()))
     }
 
     /// Takes tables into the store and remembers the image. Gives those of its first `lazy` layers that are there, or why the
@@ -396,6 +440,47 @@ impl NodeImages {
             }
         }
         Ok(())
+    }
+
+    /// Gives a layer to the fetcher anew, with the sources of all images that have it: it is to be fetched again.
+    ///
+    /// # Errors
+    /// Those of the database, and when no image has the layer or none has a credential that can be read.
+    pub async fn attach_anew(self: &Arc<Self>, digest: Digest) -> anyhow::Result<()> {
+        let images = Arc::clone(self);
+        let origins = tokio::task::spawn_blocking(move || images.origins_of(&digest)).await??;
+        let _guard = self.admission.lock().await;
+        let layer = self.usable(&digest).with_context(|| format!("layer {digest} was removed"))?;
+        self.fetcher.detach(&digest);
+        for origin in origins {
+            self.fetcher.attach(Arc::clone(&layer), origin.sources());
+        }
+        Ok(())
+    }
+
+    /// Where a layer comes from. Blocks.
+    fn origins_of(&self, digest: &Digest) -> anyhow::Result<Vec<Origin>> {
+        let (mut origins, mut failed) = (Vec::new(), None);
+        for (_, record) in self.catalog.images()? {
+            if record.layers.iter().any(|layer| layer.digest == *digest) {
+                match record.image.parse().map(|image| self.origins.of(&image, record.manifest)) {
+                    Ok(Ok(origin)) => origins.push(origin),
+                    Ok(Err(error)) => failed = Some(error.to_string()),
+                    Err(error) => failed = Some(error.to_string()),
+                }
+            }
+        }
+        let why = failed.unwrap_or_else(|| "no image is known that has it".to_owned());
+        anyhow::ensure!(!origins.is_empty(), "layer {digest} has no source: {why}");
+        Ok(origins)
+    }
+
+    /// Lazy layers that the fetcher does not know: the credential of their image could not be read when they were taken up.
+    #[must_use]
+    pub fn without_source(&self) -> Vec<Digest> {
+        let layers = self.store.layers().into_iter().filter(|layer| layer.state() == LayerState::Lazy);
+        let digests = layers.map(|layer| layer.digest()).filter(|digest| !self.dying().contains(digest));
+        digests.filter(|digest| self.fetcher.progress(digest).is_none()).collect()
     }
 
     async fn decide_wanted(self: Arc<Self>, request: PrepareRequest) -> PrepareOutcome {
