@@ -2,7 +2,7 @@
 
 use std::collections::{BTreeMap, HashSet};
 use std::sync::Arc;
-use std::time::Duration;
+use std::time::{Duration, SystemTime};
 
 use anyhow::{Context, anyhow, bail};
 use millstream_chunkstore::LayerState;
@@ -116,8 +116,16 @@ impl Repairer {
     pub async fn work(self, resumed: watch::Receiver<bool>) {
         let mut pause = FIRST_PAUSE;
         let mut failed = BTreeMap::new();
+        let mut credentials = self.credentials();
         loop {
             tokio::time::sleep(LOOK).await;
+            if *resumed.borrow() && credentials != self.credentials() {
+                credentials = self.credentials();
+                let images = Arc::clone(&self.images);
+                if let Ok(Err(error)) = tokio::task::spawn_blocking(move || images.resume()).await {
+                    warn!(error = format!("{error:#}"), "layers do not get the new credentials");
+                }
+            }
             let this = self.clone();
             let looked = tokio::task::spawn_blocking(move || this.look().and_then(|()| this.to_fetch())).await;
             let wanted = match looked {
@@ -157,6 +165,13 @@ impl Repairer {
             failed = again;
             tokio::time::sleep(pause).await;
         }
+    }
+
+    /// When the file with credentials was changed, and its size. What was taken up without it, or with an older one, is given the
+    /// new ones.
+    fn credentials(&self) -> Option<(SystemTime, u64)> {
+        let found = std::fs::metadata(self.images.origins.docker_config.as_ref()?).ok()?;
+        Some((found.modified().ok()?, found.len()))
     }
 
     /// Images of which something has to be asked for: those with a damaged layer, and those whose record cannot be read.

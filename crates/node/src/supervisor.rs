@@ -39,6 +39,8 @@ const WORKER_PATIENCE: Duration = Duration::from_secs(120);
 const LAST_PATIENCE: Duration = Duration::from_secs(3600);
 /// How often a supervisor that waits for its worker looks at signals.
 const POLL: Duration = Duration::from_millis(100);
+/// How long a socket may be in use by what an earlier supervisor left.
+const SOCKET_PATIENCE: Duration = Duration::from_secs(2);
 /// Second message to a worker whose connection nobody has answered yet.
 pub const FIRST: &[u8] = b"first";
 /// What a worker says once it serves the connection.
@@ -125,6 +127,11 @@ fn bind(socket: &Path) -> anyhow::Result<UnixListener> {
     let dir = socket.parent().context("socket has no parent directory")?;
     if !dir.exists() {
         make_private_dir(dir)?;
+    }
+    // The worker of a supervisor that was killed has the socket until it is dead, too.
+    let deadline = Instant::now() + SOCKET_PATIENCE;
+    while UnixStream::connect(socket).is_ok() && Instant::now() < deadline {
+        std::thread::sleep(POLL);
     }
     if UnixStream::connect(socket).is_ok() {
         bail!("another program listens at {}; hint: stop it, or choose another socket", socket.display());
