@@ -7,10 +7,11 @@ use std::fs;
 use std::os::unix::fs::FileExt;
 use std::path::Path;
 
-use fixture::{Place, bytes_of, chunks, fill, read, toc};
+use fixture::{Place, bytes_of, chunks, fill, noise, read, toc};
 use millstream_chunkstore::{Layer, LayerState, Step};
 use millstream_oci::Digest;
 use millstream_toc::DataRange;
+use millstream_toc::read::Chunk;
 
 const CRASH: i32 = 5;
 const STEPS: [Step; 5] = [Step::SyncData, Step::WriteTemporary, Step::Rename, Step::SyncDirectory, Step::Commit];
@@ -217,7 +218,7 @@ fn a_lost_data_file_empties_its_layer_which_says_so() {
         layer.set_verified().unwrap();
         let other = store.layer(&two).unwrap();
         assert_eq!((other.bytes_present(), other.lost()), (90_000, None));
-        drop(store);
+        drop((layer, other, store));
         assert_eq!(place.open().layer(&one).unwrap().lost(), None);
     }
 }
@@ -248,16 +249,30 @@ fn a_lost_table_keeps_what_is_here_of_the_content() {
     }
 }
 
+/// Bytes of a chunk as the tar of `toc(1)` has them.
+fn content_of(layer: &Layer, chunk: Chunk) -> Vec<u8> {
+    let ix = layer.toc().content_of_chunk(chunk.ix).unwrap();
+    let record = layer.toc().content(ix).unwrap();
+    let whole = if record.size.get() == 70_000 { noise(1, 70_000) } else { noise(1001, 20_000) };
+    let start = (chunk.data.start - record.data_off.get()) as usize;
+    whole[start..][..chunk.data.len() as usize].to_vec()
+}
+
 #[test]
 fn wrong_bytes_are_found_and_taken_out_for_good() {
     for verified in [false, true] {
         let (place, one, _) = two_layers(verified);
+        let store = place.open();
+        let layer = store.layer(&one).unwrap();
+        // The content that the digests are of.
+        for chunk in chunks(layer.toc()) {
+            layer.rewrite(chunk, &content_of(&layer, chunk)).unwrap();
+        }
+        assert_eq!(layer.check_chunks(|_| true).unwrap(), []);
         let file = fs::File::options().read(true).write(true).open(place.file(&one, "data")).unwrap();
         let mut byte = [0];
         file.read_exact_at(&mut byte, 40_000).unwrap();
         file.write_all_at(&[byte[0] ^ 1], 40_000).unwrap();
-        let store = place.open();
-        let layer = store.layer(&one).unwrap();
         let mut checked = 0;
         let wrong = layer.check_chunks(|bytes| {
             checked += bytes;
@@ -279,7 +294,7 @@ fn wrong_bytes_are_found_and_taken_out_for_good() {
         let store = place.open();
         is_out(&store.layer(&one).unwrap());
         let layer = store.layer(&one).unwrap();
-        fill(&layer);
+        layer.write(chunk, &content_of(&layer, chunk)).unwrap();
         layer.set_verified().unwrap();
         assert_eq!(layer.check_chunks(|_| true).unwrap(), []);
     }
