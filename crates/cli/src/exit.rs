@@ -11,7 +11,7 @@ use millstream_source::{ErrorKind, SourceError};
 pub(crate) enum Exit {
     /// It was done.
     Ok,
-    /// It was tried and did not work; `doctor`: a check failed.
+    /// It was tried and did not work; `doctor`: a check failed; `check`: something is damaged still.
     Failed,
     /// A daemon or registry cannot be reached, or does not answer.
     Unreachable,
@@ -38,7 +38,7 @@ impl Exit {
 pub(crate) const TABLE: &str = "\
 Exit codes:
   0  done
-  1  tried, and it did not work; doctor: a check failed
+  1  tried, and it did not work; doctor: a check failed; check: something is damaged still
   2  the command line makes no sense
   3  a daemon or registry cannot be reached or does not answer
   4  the image is not there

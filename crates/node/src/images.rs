@@ -6,6 +6,7 @@ use std::sync::mpsc::{SyncSender, sync_channel};
 use std::sync::{Arc, Mutex, MutexGuard, PoisonError};
 use std::time::{Duration, Instant, SystemTime, UNIX_EPOCH};
 
+use anyhow::Context;
 use async_trait::async_trait;
 use millstream_chunkstore::{Layer, LayerState, Store};
 use millstream_layerfs::{Contradiction, ViewLayer, contradiction};
@@ -20,6 +21,7 @@ use tokio::sync::OnceCell;
 use tracing::{error, info, warn};
 
 use crate::catalog::{Catalog, Decision, ImageRecord, LayerRecord};
+use crate::damage::Damages;
 use crate::embedded::Embedded;
 use crate::labels::{Wanted, image_name};
 use crate::lookup::Lookup;
@@ -76,6 +78,8 @@ pub struct NodeImages {
     pub(crate) origins: Origins,
     /// Says which image a client means that does not name it; none where containerd is not to be asked.
     pub(crate) lookup: Option<Lookup>,
+    /// What is broken on this node.
+    pub(crate) damages: Damages,
     /// Bound of one decision.
     pub(crate) deadline: Duration,
     metrics: NodeMetrics,
@@ -99,6 +103,7 @@ impl NodeImages {
         catalog: Catalog,
         origins: Origins,
         lookup: Option<Lookup>,
+        damages: Damages,
         deadline: Duration,
     ) -> Self {
         Self {
@@ -110,6 +115,7 @@ impl NodeImages {
             catalog,
             origins,
             lookup,
+            damages,
             deadline,
             plans: Mutex::default(),
             dying: Mutex::default(),
@@ -223,6 +229,12 @@ impl NodeImages {
         {
             return Ok((record.clone(), Vec::new()));
         }
+        let (record, layers) = self.ask(origin).await?;
+        Ok((record, layers.into_iter().filter_map(|layer| layer.bytes).collect()))
+    }
+
+    /// What the server says of the image, with the tables of those layers that are not here.
+    async fn ask(&self, origin: &Origin) -> Result<(ImageRecord, Vec<ServedLayer>), SourceError> {
         // The TOCs of layers that other images brought need not travel again; the server is told all that might matter.
         let known_layers = self.store.layers().into_iter().map(|layer| layer.digest());
         let known_layers =
@@ -236,7 +248,25 @@ impl NodeImages {
         });
         let record =
             ImageRecord { image: origin.image.clone(), manifest: origin.scope.manifest, layers: layers.collect() };
-        Ok((record, served.layers.into_iter().filter_map(|layer| layer.bytes).collect()))
+        Ok((record, served.layers))
+    }
+
+    /// Has the server describe an image again, and takes in the tables of those of its layers whose own are damaged. Gives what
+    /// it said.
+    ///
+    /// # Errors
+    /// Those of the server, of disk and database, and when a table is not that of the layer.
+    pub async fn bring_back(self: &Arc<Self>, repository: &str, origin: &Origin) -> anyhow::Result<ImageRecord> {
+        let (record, layers) = self.ask(origin).await?;
+        let wanted = |layer: &ServedLayer| self.store.is_damaged(&layer.digest);
+        let tocs = layers.into_iter().filter(wanted).filter_map(|layer| layer.bytes).collect();
+        let lazy = record.layers.len();
+        self.take_tables(repository.to_owned(), record.clone(), lazy, tocs, origin)
+            .await?
+            .map_err(|mismatch| anyhow::anyhow!("{}", mismatch.message))?;
+        let images = Arc::clone(self);
+        tokio::task::spawn_blocking(move || images.views.restore()).await??;
+        Ok(record)
     }
 
     /// Why a layer that is here already cannot be gone on with: windows and content of the server would not fit its table.
@@ -277,18 +307,33 @@ impl NodeImages {
             ImageDecision::Local => record.layers.len(),
             ImageDecision::Deferred(_) => return Ok(Plan { decision, record }),
         };
+        let decision = match self.take_tables(wanted.image.name(), record.clone(), lazy, tocs, origin).await? {
+            Ok(None) => decision,
+            Ok(Some((lazy, reason))) => ImageDecision::Lazy { lazy, rest: Some(reason) },
+            Err(reason) => ImageDecision::Deferred(reason),
+        };
+        Ok(Plan { decision, record })
+    }
+
+    /// Puts tables into the store and gives the first `lazy` layers of the image to the fetcher. Gives how many were taken if that
+    /// were fewer, and why; or why none is.
+    async fn take_tables(
+        self: &Arc<Self>,
+        name: String,
+        record: ImageRecord,
+        lazy: usize,
+        tocs: Vec<Vec<u8>>,
+        origin: &Origin,
+    ) -> anyhow::Result<Result<Option<(usize, Reason)>, Reason>> {
         // Held until the fetcher knows the layers: one that is removed in between would be fetched for nobody.
         let _guard = self.admission.lock().await;
-        let (this, name, described) = (Arc::clone(self), wanted.image.name(), record.clone());
-        let admitted = tokio::task::spawn_blocking(move || this.admit(&name, &described, lazy, &tocs)).await??;
+        let this = Arc::clone(self);
+        let admitted = tokio::task::spawn_blocking(move || this.admit(&name, &record, lazy, &tocs)).await??;
         let (admitted, stop) = match admitted {
             Ok(admitted) => admitted,
-            Err(mismatch) => return Ok(Plan { decision: ImageDecision::Deferred(mismatch), record }),
+            Err(mismatch) => return Ok(Err(mismatch)),
         };
-        let decision = match stop {
-            Some(reason) => ImageDecision::Lazy { lazy: admitted.len(), rest: Some(reason) },
-            None => decision,
-        };
+        let stop = stop.map(|reason| (admitted.len(), reason));
         let sources = origin.sources();
         for layer in admitted {
             layer.note_use(SystemTime::now());
@@ -298,7 +343,7 @@ impl NodeImages {
                 self.fetcher.hydrate(&digest);
             }
         }
-        Ok(Plan { decision, record })
+        Ok(Ok(stop))
     }
 
     /// Takes tables into the store and remembers the image. Gives those of its first `lazy` layers that are there and, if that
@@ -432,20 +477,11 @@ impl NodeImages {
         if self.fetcher.is_attached(&digest) {
             return Ok(());
         }
-        let local = |error: anyhow::Error| SourceError::new(ErrorKind::Local, format!("{error:#}"));
-        let mut last = SourceError::new(ErrorKind::NotFound, format!("no image is known that has layer {digest}"));
-        let known = self.catalog.images().map_err(local)?.into_iter().map(|(_, record)| record);
-        for record in known.filter(|record| record.layers.iter().any(|layer| layer.digest == digest)) {
-            let image = record.image.parse().map_err(|error: millstream_oci::ReferenceError| local(error.into()));
-            match image.and_then(|image| self.origins.of(&image, record.manifest)) {
-                Ok(origin) => {
-                    self.fetcher.attach(Arc::clone(layer), origin.sources());
-                    return Ok(());
-                }
-                Err(error) => last = error,
-            }
+        // One image that has it will do.
+        if let Some(origin) = self.origins_of(&digest)?.first() {
+            self.fetcher.attach(Arc::clone(layer), origin.sources());
         }
-        Err(last)
+        Ok(())
     }
 
     /// Somebody is about to use these layers. What was given up of them comes back, as far as there is room.
@@ -456,6 +492,47 @@ impl NodeImages {
                 self.fetcher.hydrate(&layer.digest());
             }
         }
+    }
+
+    /// Gives a layer to the fetcher anew, with the sources of all images that have it: it is to be fetched again.
+    ///
+    /// # Errors
+    /// Those of the database, and when no image has the layer or none has a credential that can be read.
+    pub async fn attach_anew(self: &Arc<Self>, digest: Digest) -> anyhow::Result<()> {
+        let images = Arc::clone(self);
+        let origins = tokio::task::spawn_blocking(move || images.origins_of(&digest)).await??;
+        let _guard = self.admission.lock().await;
+        let layer = self.usable(&digest).with_context(|| format!("layer {digest} was removed"))?;
+        self.fetcher.detach(&digest);
+        for origin in origins {
+            self.fetcher.attach(Arc::clone(&layer), origin.sources());
+        }
+        Ok(())
+    }
+
+    /// Where a layer comes from: one origin for each image that has it, at least one. Blocks.
+    fn origins_of(&self, digest: &Digest) -> Result<Vec<Origin>, SourceError> {
+        let local = |error: anyhow::Error| SourceError::new(ErrorKind::Local, format!("{error:#}"));
+        let mut failed = SourceError::new(ErrorKind::NotFound, format!("no image is known that has layer {digest}"));
+        let mut origins = Vec::new();
+        for (_, record) in self.catalog.images().map_err(local)? {
+            if record.layers.iter().any(|layer| layer.digest == *digest) {
+                let image = record.image.parse().map_err(|error: millstream_oci::ReferenceError| local(error.into()));
+                match image.and_then(|image| self.origins.of(&image, record.manifest)) {
+                    Ok(origin) => origins.push(origin),
+                    Err(error) => failed = error,
+                }
+            }
+        }
+        if origins.is_empty() { Err(failed) } else { Ok(origins) }
+    }
+
+    /// Lazy layers that the fetcher does not know: the credential of their image could not be read when they were taken up.
+    #[must_use]
+    pub fn without_source(&self) -> Vec<Digest> {
+        let layers = self.store.layers().into_iter().filter(|layer| layer.state() == LayerState::Lazy);
+        let digests = layers.map(|layer| layer.digest()).filter(|digest| !self.dying().contains(digest));
+        digests.filter(|digest| self.fetcher.progress(digest).is_none()).collect()
     }
 
     async fn decide_wanted(self: Arc<Self>, request: PrepareRequest) -> PrepareOutcome {

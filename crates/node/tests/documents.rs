@@ -86,7 +86,8 @@ fn tests_that_documents_name_exist() {
         assert!(tests.len() >= at_least, "{document} names {} tests only: is the search broken?", tests.len());
         for (file, function) in tests {
             let source = workspace().join(format!("{file}.rs"));
-            let source = std::fs::read_to_string(&source).unwrap_or_else(|error| panic!("{document}: {file}.rs: {error}"));
+            let source =
+                std::fs::read_to_string(&source).unwrap_or_else(|error| panic!("{document}: {file}.rs: {error}"));
             let found = source.contains(&format!("fn {function}("));
             assert!(found, "{document}: {file}.rs has no {function}");
         }

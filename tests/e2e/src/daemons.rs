@@ -142,6 +142,11 @@ impl Node {
         self.root.clone()
     }
 
+    /// File with its settings; what is changed there holds from its next start on.
+    pub fn config(&self) -> &Path {
+        &self.config
+    }
+
     /// Its output.
     pub fn log(&self) -> &Path {
         &self.log

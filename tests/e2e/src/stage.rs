@@ -40,6 +40,8 @@ pub struct Stage {
     server_options: ServerOptions,
     spoiler: Option<Spoiler>,
     registry: Option<Registry>,
+    /// How to start the registry again, on what it has stored.
+    registry_options: RegistryOptions,
     requests_before: Vec<Request>,
     login: Option<Login>,
     certs_d: PathBuf,
@@ -112,6 +114,7 @@ impl Stage {
     fn raise(login: Option<Login>, spoiled: bool, packed_content: bool) -> Result<Self> {
         let work = Workdir::new()?;
         let options = RegistryOptions { login: login.clone(), ..RegistryOptions::loopback()? };
+        let registry_options = options.clone();
         let registry = Registry::start(&work, options)?;
         let certs_d = work.dir("certs.d")?;
         registry.write_hosts(&certs_d)?;
@@ -135,7 +138,18 @@ impl Stage {
         let layout = work.dir("layout")?;
         let registry = Some(registry);
         let requests_before = Vec::new();
-        let stage = Self { server, server_options, spoiler, registry, requests_before, login, certs_d, layout, work };
+        let stage = Self {
+            server,
+            server_options,
+            spoiler,
+            registry,
+            registry_options,
+            requests_before,
+            login,
+            certs_d,
+            layout,
+            work,
+        };
         stage.push("pause", &pause()?)?;
         Ok(stage)
     }
@@ -395,6 +409,21 @@ impl Stage {
         self.stop_server()?;
         self.spoiler = None;
         self.registry.take().map_or(Ok(()), Registry::stop)
+    }
+
+    /// Starts server and registry again, where they were, on what they have stored. A spoiler stays away.
+    ///
+    /// # Errors
+    ///
+    /// If one does not start.
+    pub fn come_back(&mut self) -> Result<()> {
+        if self.registry.is_none() {
+            self.registry = Some(Registry::start(&self.work, self.registry_options.clone())?);
+        }
+        if self.server.is_none() {
+            self.server = Some(Server::start(&self.work, &self.server_options, None)?);
+        }
+        Ok(())
     }
 
     /// Requests that the registry answers from now on are what [`Stage::layer_requests`] counts.
