@@ -154,7 +154,9 @@ impl Gathered {
         let counters = fetcher.counters();
         let tables = self.images.origins.server.as_ref().map_or(0, |server| server.metadata_bytes());
         let [local, fetched, failed] = self.reads.each_ref().map(Counter::get);
-        let rows: [Row<'_>; 5] = [
+        let failures: Vec<_> =
+            fetcher.failures().into_iter().map(|(kind, count)| ("code", kind.code(), count)).collect();
+        let rows: [Row<'_>; 6] = [
             (
                 "fetched",
                 "Bytes received, by what for: compressed bytes of layers for readers, ahead of readers and for hydration, \
@@ -189,6 +191,13 @@ impl Gathered {
                 None,
                 MetricType::Counter,
                 &[("", "", counters.digest_mismatches)],
+            ),
+            (
+                "fetch_failures",
+                "Attempts to fetch bytes from a source that failed, also half-way, by code; another one may have succeeded.",
+                None,
+                MetricType::Counter,
+                &failures,
             ),
             (
                 "worker_restarts",

@@ -9,6 +9,7 @@ pub mod delay;
 pub mod image;
 pub mod installation;
 pub mod layer;
+pub mod liar;
 pub mod link;
 pub mod need;
 mod pack;
