@@ -14,7 +14,7 @@ use millstream_wire::millstream::v1::get_image_response::Part;
 use millstream_wire::millstream::v1::images_client::ImagesClient;
 use millstream_wire::millstream::v1::images_server::{Images, ImagesServer};
 use tokio::runtime::Runtime;
-use tokio_stream::{Stream, StreamExt as _};
+use tokio_stream::Stream;
 use tonic::transport::{Channel, Endpoint, Server};
 use tonic::{Code, Request, Response, Status, Streaming};
 
@@ -45,7 +45,7 @@ pub enum Lie {
     Hang,
     /// The connection's answer breaks off after the first message.
     Cut,
-    /// Tables change places among the layers of an image.
+    /// The table of an image's top layer instead of that of the bottom one.
     OtherTable,
     /// The same, and the description of the image names them so.
     StaleTable,
@@ -205,37 +205,32 @@ impl Images for Proxy {
         }
         self.0.lied();
         let mut messages = collected(stream).await?;
-        let layers: Vec<wire::Layer> = messages
+        let described = messages.iter().find_map(|message| match &message.part {
+            Some(Part::Image(image)) => Some(image.layers.clone()),
+            _ => None,
+        });
+        let layers = described.unwrap_or_default();
+        let (Some(bottom), Some(top)) = (layers.first(), layers.last()) else { return Err(cut()) };
+        // The table of the top layer stands for that of the bottom one, whose own is left out.
+        messages.retain(|message| !matches!(&message.part, Some(Part::Toc(part)) if part.layer == bottom.digest));
+        let copies: Vec<_> = messages
             .iter()
-            .flat_map(|message| match &message.part {
-                Some(Part::Image(image)) => image.layers.clone(),
-                _ => Vec::new(),
+            .filter_map(|message| match &message.part {
+                Some(Part::Toc(part)) if part.layer == top.digest => {
+                    let part = wire::TocPart { layer: bottom.digest.clone(), ..part.clone() };
+                    Some(wire::GetImageResponse { part: Some(Part::Toc(part)) })
+                }
+                _ => None,
             })
             .collect();
-        let other = |digest: &str| {
-            let at = layers.iter().position(|layer| layer.digest == digest)?;
-            layers.get((at + 1) % layers.len())
-        };
         for message in &mut messages {
-            match &mut message.part {
-                Some(Part::Toc(part)) => {
-                    // The table of the layer below stands for that of the layer.
-                    if let Some(layer) =
-                        layers.iter().find(|layer| other(&layer.digest).is_some_and(|next| next.digest == part.layer))
-                    {
-                        part.layer.clone_from(&layer.digest);
-                    }
-                }
-                Some(Part::Image(image)) if lie == Lie::StaleTable => {
-                    for layer in &mut image.layers {
-                        if let Some(next) = other(&layer.digest) {
-                            layer.toc_digest.clone_from(&next.toc_digest);
-                        }
-                    }
-                }
-                _ => {}
+            if let (Lie::StaleTable, Some(Part::Image(image))) = (lie, &mut message.part)
+                && let Some(layer) = image.layers.first_mut()
+            {
+                layer.toc_digest.clone_from(&top.toc_digest);
             }
         }
+        messages.extend(copies);
         Ok(given(messages.into_iter().map(Ok)))
     }
 

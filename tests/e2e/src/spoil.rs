@@ -10,13 +10,15 @@ mod fault;
 mod http;
 
 use std::collections::{HashMap, VecDeque};
-use std::net::{SocketAddr, TcpListener, TcpStream};
+use std::net::{Ipv4Addr, SocketAddr, TcpListener, TcpStream};
+use std::os::fd::OwnedFd;
 use std::sync::atomic::{AtomicBool, Ordering};
 use std::sync::{Arc, Mutex, MutexGuard, PoisonError};
 use std::thread::JoinHandle;
 use std::time::Duration;
 
 use anyhow::{Context as _, Result};
+use rustix::net::{self, AddressFamily, SocketType};
 use sha2::{Digest as _, Sha256};
 
 pub use fault::Spoiling;
@@ -212,6 +214,35 @@ impl Drop for Spoiler {
         if let Some(thread) = self.thread.take() {
             thread.join().ok();
         }
+    }
+}
+
+/// An address whose machine is there and drops what it gets: nobody accepts, and the queue of those who wait is full.
+#[derive(Debug)]
+pub struct BlackHole {
+    /// The address.
+    pub address: SocketAddr,
+    _listener: OwnedFd,
+    _waiting: Vec<TcpStream>,
+}
+
+impl BlackHole {
+    /// Opens one.
+    ///
+    /// # Errors
+    ///
+    /// If the kernel refuses.
+    pub fn open() -> Result<Self> {
+        const FULL: Duration = Duration::from_millis(200);
+        let listener = net::socket(AddressFamily::INET, SocketType::STREAM, None)?;
+        net::bind(&listener, &SocketAddr::from((Ipv4Addr::LOCALHOST, 0)))?;
+        net::listen(&listener, 0)?;
+        let address: SocketAddr = net::getsockname(&listener)?.try_into().context("address of a socket")?;
+        let mut waiting = Vec::new();
+        while let Ok(stream) = TcpStream::connect_timeout(&address, FULL) {
+            waiting.push(stream);
+        }
+        Ok(Self { address, _listener: listener, _waiting: waiting })
     }
 }
 

@@ -136,9 +136,8 @@ impl Stage {
         if let Some(spoiler) = &spoiler {
             let dir = certs_d.join(spoiler.address().to_string());
             std::fs::create_dir_all(&dir)?;
-            let url = format!("http://{}", spoiler.address());
-            let text = format!("server = {url:?}\n\n[host.{url:?}]\n  capabilities = [\"pull\", \"resolve\"]\n");
-            std::fs::write(dir.join("hosts.toml"), text)?;
+            // Once only: a fault of one request must not be made good by the same host under another heading.
+            std::fs::write(dir.join("hosts.toml"), format!("server = \"http://{}\"\n", spoiler.address()))?;
         }
         let mut of_server = certs_d.clone();
         if let (Some(spoiler), Before::Nodes) = (&spoiler, before) {
@@ -408,6 +407,24 @@ impl Stage {
     pub fn limit_entries(&mut self, entries: u64) -> Result<()> {
         self.stop_server()?;
         self.server_options.max_entries = Some(entries);
+        self.start_server()
+    }
+
+    /// Kills the server.
+    ///
+    /// # Errors
+    ///
+    /// If it does not end.
+    pub fn kill_server(&mut self) -> Result<()> {
+        self.server.take().map_or(Ok(()), Server::crash)
+    }
+
+    /// Starts the server again, on the same state.
+    ///
+    /// # Errors
+    ///
+    /// If it does not start.
+    pub fn start_server(&mut self) -> Result<()> {
         self.server = Some(Server::start(&self.work, &self.server_options, None)?);
         Ok(())
     }

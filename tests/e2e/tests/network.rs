@@ -17,7 +17,7 @@ use millstream_e2e::liar::{Liar, Lie};
 use millstream_e2e::need::product;
 use millstream_e2e::process::{eventually, output};
 use millstream_e2e::registry::free_address;
-use millstream_e2e::spoil::{OURS, Spoiler, Spoiling};
+use millstream_e2e::spoil::{BlackHole, OURS, Spoiler, Spoiling};
 use millstream_e2e::stage::{CLI, Pushed, Stage, await_decision, can_be_set};
 use millstream_wire::millstream::v1::decision::Outcome;
 use tonic::Code;
@@ -78,7 +78,7 @@ fn signed(to: SocketAddr, life: Duration) -> Spoiling {
     Spoiling::Signed { to, life, mark: "signature".to_owned() }
 }
 
-fn rows(registry: SocketAddr, storage: SocketAddr) -> Vec<Row> {
+fn rows(registry: SocketAddr, storage: SocketAddr, hole: SocketAddr) -> Vec<Row> {
     let redirect = |to: String| Spoiling::Redirect(to);
     let nobody = free_address().unwrap();
     vec![
@@ -105,6 +105,7 @@ fn rows(registry: SocketAddr, storage: SocketAddr) -> Vec<Row> {
         helped("redirect loop", redirect(format!("http://{registry}{{path}}")), "source.malformed"),
         helped("redirect to the link", redirect("http://169.254.169.254/latest".to_owned()), "source.malformed"),
         helped("redirect to nobody", redirect(format!("http://{nobody}{{path}}")), "source.unavailable"),
+        helped("redirect to a black hole", redirect(format!("http://{hole}{{path}}")), "source.timed-out"),
         alone("burst of 503", Spoiling::Status(503), Some(2), Bytes, "source.unavailable"),
         alone("two resets", Spoiling::Reset(1000), Some(2), Bytes, "source.unavailable"),
         alone("429 once", busy(429, false), Some(1), Bytes, "source.exhausted"),
@@ -293,8 +294,9 @@ fn readers_get_right_bytes_or_an_error_in_time_whatever_the_network_does() {
     if !can_be_set(&[]) {
         return;
     }
-    let scene = Scene::set(rows(free_address().unwrap(), free_address().unwrap()).len());
-    let rows = rows(scene.stage.spoiler().unwrap().address(), scene.storage.address());
+    let hole = BlackHole::open().unwrap();
+    let scene = Scene::set(rows(hole.address, hole.address, hole.address).len());
+    let rows = rows(scene.stage.spoiler().unwrap().address(), scene.storage.address(), hole.address);
     let mut wrong = Vec::new();
     for (at, row) in rows.iter().enumerate() {
         match scene.play(at, row) {
@@ -308,6 +310,26 @@ fn readers_get_right_bytes_or_an_error_in_time_whatever_the_network_does() {
     }
     assert!(wrong.is_empty(), "{} of {} rows:\n{}", wrong.len(), rows.len(), wrong.join("\n"));
     assert_eq!(scene.sample("millstream_worker_restarts_total"), 0);
+}
+
+#[test]
+fn a_server_that_is_killed_and_started_again_costs_time_and_no_byte() {
+    if !can_be_set(&[]) {
+        return;
+    }
+    let mut scene = Scene::set(2);
+    scene.stage.spoiler().unwrap().set_for(OURS, Spoiling::Status(500));
+    let worker = scene.node.workers();
+    for at in 0..2 {
+        let file = scene.root.join(format!("r{at}/a"));
+        let (begun, reader) =
+            (Instant::now(), std::thread::spawn(move || eventually("a read", RECOVERY, || std::fs::read(&file).ok())));
+        scene.stage.kill_server().unwrap();
+        scene.stage.start_server().unwrap();
+        assert_eq!(reader.join().unwrap().unwrap(), content(at, 0));
+        println!("server killed in mid-read: {:.1?}", begun.elapsed());
+    }
+    assert_eq!(scene.node.workers(), worker);
 }
 
 /// What a pull meets that only this project's programs see; containerd itself is served well.

@@ -79,7 +79,8 @@ fn secrets_are_renewed_in_time_and_found_nowhere() {
     };
     cri.pull(&image.reference, Some(&login)).unwrap();
     await_decision(&node, &image, Outcome::Lazy, "").unwrap();
-    let spec = ContainerSpec { image: &image.reference, command: &["/bin/sleep", "100000"], ..ContainerSpec::default() };
+    let spec =
+        ContainerSpec { image: &image.reference, command: &["/bin/sleep", "100000"], ..ContainerSpec::default() };
     let container = cri.create(&pod, "reader", &spec).unwrap();
     cri.start(&container).unwrap();
     let root = containerd.rootfs("k8s.io", &container.id);

@@ -119,7 +119,7 @@ fn own_answer(
         return Some(answer.resized());
     }
     if let Some((_, until)) = path.split_once(UNTIL)
-        && until.split('&').next().and_then(|until| until.parse().ok()).is_none_or(|until| now() > until)
+        && until.split('&').next().and_then(|until| until.parse().ok()).is_none_or(|until| now() >= until)
     {
         return Some(Answer::new(403, &[], "<Error><Code>AccessDenied</Code></Error>"));
     }

@@ -52,7 +52,7 @@ pub enum Spoiling {
     Signed {
         /// Where it leads.
         to: SocketAddr,
-        /// How long it is good.
+        /// How long it is good; zero: it never was.
         life: Duration,
         /// Part of its query, to be found again wherever it should not be.
         mark: String,
