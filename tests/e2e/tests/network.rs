@@ -157,14 +157,15 @@ fn image(rows: usize) -> Image {
 
 /// A lazy container whose files are read from outside.
 struct Scene {
-    stage: Stage,
-    node: Node,
-    metrics: SocketAddr,
-    liar: Liar,
-    storage: Spoiler,
-    root: PathBuf,
+    // In the order in which they end: the stage's directory is the last.
     _cri: Cri,
     _containerd: Containerd,
+    node: Node,
+    liar: Liar,
+    storage: Spoiler,
+    stage: Stage,
+    metrics: SocketAddr,
+    root: PathBuf,
 }
 
 impl Scene {
@@ -195,7 +196,7 @@ impl Scene {
         let root = containerd.rootfs("k8s.io", &container.id);
         let storage = Spoiler::start(stage.registry().unwrap().address()).unwrap();
         stage.count_from_now().unwrap();
-        Self { stage, node, metrics, liar, storage, root, _cri: cri, _containerd: containerd }
+        Self { _cri: cri, _containerd: containerd, node, liar, storage, stage, metrics, root }
     }
 
     fn sample(&self, name: &str) -> u64 {
