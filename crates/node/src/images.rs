@@ -359,7 +359,14 @@ impl NodeImages {
         self.store.admit_all(tocs)?;
         let mut admitted = Vec::new();
         for described in record.layers.iter().take(lazy) {
-            let Some(layer) = self.usable(&described.digest) else { continue };
+            let Some(layer) = self.usable(&described.digest) else {
+                if self.dying().contains(&described.digest) {
+                    continue;
+                }
+                // Tables are stored under the layer that they themselves name.
+                let text = format!("no table that came is that of layer {}", described.digest);
+                return Ok(Err(Reason::new("image.mismatch", text)));
+            };
             if layer.toc().diff_id() != described.diff_id {
                 let text = format!("the table of layer {} is of another tar than the server says", described.digest);
                 return Ok(Err(Reason::new("image.mismatch", text)));

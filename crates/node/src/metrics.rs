@@ -160,7 +160,9 @@ impl Gathered {
         let refused = space.refused().map(|(refusal, count)| ("code", refusal.code(), count));
         let found: Vec<_> =
             self.images.damages.counts().into_iter().map(|(code, _, found)| ("code", code, found)).collect();
-        let rows: [Row<'_>; 8] = [
+        let failures: Vec<_> =
+            fetcher.failures().into_iter().map(|(kind, count)| ("code", kind.code(), count)).collect();
+        let rows: [Row<'_>; 9] = [
             (
                 "fetched",
                 "Bytes received, by what for: compressed bytes of layers for readers, ahead of readers and for hydration, \
@@ -215,6 +217,13 @@ impl Gathered {
                 None,
                 MetricType::Counter,
                 &found,
+            ),
+            (
+                "fetch_failures",
+                "Attempts to fetch bytes from a source that failed, also half-way, by code; another one may have succeeded.",
+                None,
+                MetricType::Counter,
+                &failures,
             ),
             (
                 "worker_restarts",

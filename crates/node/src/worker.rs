@@ -54,6 +54,8 @@ use crate::views::Views;
 
 /// How long requests that are under way may go on after we were asked to stop.
 const DRAIN: Duration = Duration::from_secs(5);
+/// How long a source may give nothing; less where reads have to be answered within a minute.
+const LONGEST_IDLE: Duration = Duration::from_secs(15);
 
 /// How often it is looked whether the database still works.
 const DATABASE_CHECK: Duration = Duration::from_secs(1);
@@ -115,9 +117,14 @@ pub async fn run(settings: &Settings, inherited: Inheritance, restarts: u64) -> 
         ..StoreOptions::default()
     };
     let store = Arc::new(Store::open(&settings.root, Arc::clone(&db), options).context("opening the store")?);
+    // A source that gives nothing is left early enough for the next one to be asked in time, and a host earlier still.
+    let idle_timeout = (settings.fetch.read_deadline / 4).min(LONGEST_IDLE);
     let registry = Registry::new(RegistryOptions {
         hosts_dir: Some(settings.registry.hosts_dir.clone()),
         max_connections_per_host: settings.fetch.connections,
+        connect_timeout: idle_timeout / 4,
+        first_byte_timeout: idle_timeout / 2,
+        idle_timeout,
         ..RegistryOptions::default()
     })?;
     let containerd = &settings.containerd.address;
@@ -143,6 +150,7 @@ pub async fn run(settings: &Settings, inherited: Inheritance, restarts: u64) -> 
     let fetch = FetchOptions {
         slots: settings.fetch.connections,
         read_deadline: settings.fetch.read_deadline,
+        idle_timeout,
         share: settings.fetch.sharing,
         ..FetchOptions::default()
     };
