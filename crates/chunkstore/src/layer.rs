@@ -87,7 +87,7 @@ pub struct Layer {
     bytes_synced: AtomicU64,
     /// Bytes of the disk that content takes, as [`Space`] counts them.
     stored: AtomicU64,
-    /// Seconds since 1970 of the last use.
+    /// Nanoseconds since 1970 of the last use.
     used: AtomicU64,
     space: Arc<Space>,
     state: RwLock<LayerState>,
@@ -140,7 +140,7 @@ impl Layer {
             bytes_total: total,
             bytes_synced: AtomicU64::new(present),
             stored: AtomicU64::new(stored),
-            used: AtomicU64::new(used.as_secs()),
+            used: AtomicU64::new(nanoseconds(used)),
             space,
             state: RwLock::new(record.state),
             dirty: AtomicBool::new(false),
@@ -452,15 +452,15 @@ impl Layer {
 
     /// Notes that somebody has use for the layer.
     pub fn note_use(&self, now: SystemTime) {
-        let now = now.duration_since(UNIX_EPOCH).unwrap_or_default().as_secs();
+        let now = now.duration_since(UNIX_EPOCH).unwrap_or_default();
         // Of no consequence for anything else.
-        self.used.fetch_max(now, Ordering::Relaxed);
+        self.used.fetch_max(nanoseconds(now), Ordering::Relaxed);
     }
 
-    /// When somebody last had use for it, to the second.
+    /// When somebody last had use for it.
     #[must_use]
     pub fn last_use(&self) -> SystemTime {
-        UNIX_EPOCH + Duration::from_secs(self.used.load(Ordering::Relaxed))
+        UNIX_EPOCH + Duration::from_nanos(self.used.load(Ordering::Relaxed))
     }
 
     /// Writes the last use down, as time of access of the data file; it need not survive a power cut.
@@ -519,6 +519,11 @@ impl Drop for Layer {
         // If it was removed, its data file ends with it.
         self.space.give_back(self.bytes_stored());
     }
+}
+
+/// Enough until the year 2554.
+fn nanoseconds(time: Duration) -> u64 {
+    u64::try_from(time.as_nanos()).unwrap_or(u64::MAX)
 }
 
 /// Bytes of a block as `stat(2)` counts them, whatever the file system.
