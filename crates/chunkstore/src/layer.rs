@@ -220,7 +220,8 @@ impl Layer {
         // What is seen here stays until it is read.
         let _content = self.content.read().unwrap_or_else(PoisonError::into_inner);
         let missing = self.missing(range)?;
-        let read = self.data.read_exact_at(out, range.start).map_err(|error| match error.kind() {
+        let read = self.faults.before(Step::ReadData, &self.data_path);
+        let read = read.and_then(|()| self.data.read_exact_at(out, range.start)).map_err(|error| match error.kind() {
             std::io::ErrorKind::UnexpectedEof => damaged("data file", &self.digest),
             _ => StoreError::io("read", &self.data_path, error),
         });

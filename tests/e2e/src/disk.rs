@@ -17,7 +17,7 @@ use crate::process::{eventually, output};
 use crate::workdir::Workdir;
 
 /// How long the last users of a file system may take to let go of it.
-const BUSY: Duration = Duration::from_secs(20);
+const BUSY: Duration = Duration::from_secs(60);
 
 /// What a test with a disk of its own needs.
 pub const DISK: &[Need] = &[
@@ -159,7 +159,14 @@ impl Disk {
             unmount(self.at.join("m"), UnmountFlags::DETACH).ok();
             unmount(&self.at, UnmountFlags::empty()).ok()
         })
-        .with_context(|| format!("unmounting {}", self.at.display()))
+        .with_context(|| format!("unmounting {}", self.at.display()))?;
+        // A mount namespace that was made meanwhile, by whomever, has the file system as well: it would be found again as it is,
+        // cut off.
+        eventually("the end of the loop device", BUSY, || {
+            output(Command::new(find("losetup").ok()?).arg("-j").arg(&self.image))
+                .is_ok_and(|all| all.is_empty())
+                .then_some(())
+        })
     }
 }
 

@@ -217,6 +217,7 @@ fn cut_in_eviction(kind: FileSystem, rounds: usize) {
         let numbers = [round % IMAGES, (round + 1) % IMAGES];
         let caller = bench.caller();
         bench.node.set_hydration(true).unwrap();
+        let mut before = BTreeMap::new();
         for number in numbers {
             let top = tops.entry(number).or_insert_with(|| caller.pull(&bench.images[number]).unwrap());
             // A container begins, and has ended.
@@ -224,10 +225,9 @@ fn cut_in_eviction(kind: FileSystem, rounds: usize) {
             caller.remove("use").unwrap();
             if number == numbers[0] {
                 await_verified(&bench.node, &bench.images[number]).unwrap();
+                before = verified(&bench).into_iter().map(|layer| (layer.clone(), touched(&bench, &layer))).collect();
             }
         }
-        let before: BTreeMap<String, Option<SystemTime>> =
-            verified(&bench).into_iter().map(|layer| (layer.clone(), touched(&bench, &layer))).collect();
         eventually("an eviction", Duration::from_secs(20), || (!changed(&bench, &before).is_empty()).then_some(()))
             .unwrap();
         let moment = bench.moment(Duration::from_millis(25));
