@@ -95,11 +95,11 @@ impl NodeImages {
         catalog: Catalog,
         origins: Origins,
         lookup: Option<Lookup>,
-        damages: Damages,
         deadline: Duration,
     ) -> Self {
         Self {
             metrics: origins.metrics.clone(),
+            damages: views.damages().clone(),
             decisions: record_decisions(catalog.clone()),
             store,
             fetcher,
@@ -107,7 +107,6 @@ impl NodeImages {
             catalog,
             origins,
             lookup,
-            damages,
             deadline,
             plans: Mutex::default(),
             dying: Mutex::default(),

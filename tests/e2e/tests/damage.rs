@@ -314,7 +314,10 @@ impl World {
             }
             self.containerd.ctr("k8s.io", &["snapshot", "--snapshotter", MILLSTREAM, "rm", &id]).ok();
         }
-        said
+        let said = said?;
+        // On a busy machine ctr may leave before the last output of a short container has come.
+        anyhow::ensure!(!said.is_empty(), "it said nothing");
+        Ok(said)
     }
 
     fn place(&self) -> Place {
