@@ -37,6 +37,13 @@ impl Presence {
         self.words.get(ix as usize / 64).is_some_and(|word| word.fetch_or(bit(ix), Ordering::AcqRel) & bit(ix) == 0)
     }
 
+    /// Takes the mark of chunk `ix` back.
+    pub(crate) fn clear(&self, ix: u32) {
+        if let Some(word) = self.words.get(ix as usize / 64) {
+            word.fetch_and(!bit(ix), Ordering::AcqRel);
+        }
+    }
+
     /// Takes back every mark that `kept` does not have. Gives the chunks that lost theirs.
     pub(crate) fn keep(&self, kept: &[u64]) -> Vec<u32> {
         let mut lost = Vec::new();
@@ -59,7 +66,7 @@ pub(crate) fn is_set(words: &[u64], ix: u32) -> bool {
 }
 
 /// Takes chunk `ix` out of `words`.
-pub(crate) fn clear(words: &mut [u64], ix: u32) {
+pub(crate) fn unset(words: &mut [u64], ix: u32) {
     if let Some(word) = words.get_mut(ix as usize / 64) {
         *word &= !bit(ix);
     }

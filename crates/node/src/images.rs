@@ -9,17 +9,20 @@ use std::time::{Duration, Instant, SystemTime, UNIX_EPOCH};
 use anyhow::Context;
 use async_trait::async_trait;
 use millstream_chunkstore::{Layer, LayerState, Store};
+use millstream_layerfs::{Contradiction, ViewLayer, contradiction};
 use millstream_oci::{ChainId, Digest, ManifestDigest};
 use millstream_prefetch::{FetchEvents, Fetcher};
 use millstream_snapshots::{
     ImageDecision, LazyImages, PrepareOutcome, PrepareRequest, Reason, Usage, ViewFailure, outcome,
 };
-use millstream_source::{SourceError, names};
+use millstream_source::{ErrorKind, SourceError, names};
+use rustix::fs::StatVfsMountFlags;
 use tokio::sync::OnceCell;
 use tracing::{error, info, warn};
 
 use crate::catalog::{Catalog, Decision, ImageRecord, LayerRecord};
 use crate::damage::Damages;
+use crate::embedded::Embedded;
 use crate::labels::{Wanted, image_name};
 use crate::lookup::Lookup;
 use crate::metrics::NodeMetrics;
@@ -43,6 +46,9 @@ const MAX_PLANS: usize = 256;
 /// Part of a decision's time that may go into finding out which image is meant.
 const LOOKUP: f32 = 0.3;
 
+/// Bytes that must be free on the disk for new lazy layers: for tables, views and records.
+const METADATA_ROOM: u64 = 16 << 20;
+
 /// Code of a layer that was given back while a decision said lazy.
 const RELEASED: &str = "node.released";
 
@@ -57,6 +63,8 @@ struct Plan {
 struct Slot {
     made: Instant,
     used: Instant,
+    /// Images that the embedded server had indexed before.
+    indexed: u64,
     plan: Arc<OnceCell<Arc<Plan>>>,
 }
 
@@ -119,11 +127,13 @@ impl NodeImages {
     /// them. `until` is when the caller stops waiting.
     async fn plan(self: &Arc<Self>, wanted: &Wanted, bottom: bool, until: Instant) -> Arc<Plan> {
         let key = (wanted.image.name(), wanted.manifest);
+        let indexed = self.origins.embedded.as_ref().map_or(0, Embedded::indexed);
         let cell = {
             let now = Instant::now();
             let mut plans = self.plans.lock().unwrap_or_else(PoisonError::into_inner);
             plans.retain(|_, slot| {
-                now.duration_since(slot.used) < PLAN_LIFE && now.duration_since(slot.made) < PLAN_AGE
+                let fresh = now.duration_since(slot.used) < PLAN_LIFE && now.duration_since(slot.made) < PLAN_AGE;
+                fresh && slot.indexed == indexed
             });
             if bottom && plans.get(&key).is_some_and(|slot| now.duration_since(slot.made) >= PLAN_SHARED) {
                 plans.remove(&key);
@@ -131,7 +141,7 @@ impl NodeImages {
             if plans.len() >= MAX_PLANS {
                 plans.clear();
             }
-            let slot = plans.entry(key).or_insert_with(|| Slot { made: now, used: now, plan: Arc::default() });
+            let slot = plans.entry(key).or_insert_with(|| Slot { made: now, used: now, indexed, plan: Arc::default() });
             slot.used = now;
             Arc::clone(&slot.plan)
         };
@@ -296,12 +306,16 @@ impl NodeImages {
             ImageDecision::Local => record.layers.len(),
             ImageDecision::Deferred(_) => return Ok(Plan { decision, record }),
         };
-        let taken = self.take_tables(wanted.image.name(), record.clone(), lazy, tocs, origin).await?;
-        let decision = taken.map_or_else(ImageDecision::Deferred, |()| decision);
+        let decision = match self.take_tables(wanted.image.name(), record.clone(), lazy, tocs, origin).await? {
+            Ok(None) => decision,
+            Ok(Some((lazy, reason))) => ImageDecision::Lazy { lazy, rest: Some(reason) },
+            Err(reason) => ImageDecision::Deferred(reason),
+        };
         Ok(Plan { decision, record })
     }
 
-    /// Puts tables into the store and gives the first `lazy` layers of the image to the fetcher; or why they are not taken.
+    /// Puts tables into the store and gives the first `lazy` layers of the image to the fetcher. Gives how many were taken if that
+    /// were fewer, and why; or why none is.
     async fn take_tables(
         self: &Arc<Self>,
         name: String,
@@ -309,48 +323,66 @@ impl NodeImages {
         lazy: usize,
         tocs: Vec<Vec<u8>>,
         origin: &Origin,
-    ) -> anyhow::Result<Result<(), Reason>> {
+    ) -> anyhow::Result<Result<Option<(usize, Reason)>, Reason>> {
         // Held until the fetcher knows the layers: one that is removed in between would be fetched for nobody.
         let _guard = self.admission.lock().await;
         let this = Arc::clone(self);
         let admitted = tokio::task::spawn_blocking(move || this.admit(&name, &record, lazy, &tocs)).await??;
-        let admitted = match admitted {
+        let (admitted, stop) = match admitted {
             Ok(admitted) => admitted,
             Err(mismatch) => return Ok(Err(mismatch)),
         };
+        let stop = stop.map(|reason| (admitted.len(), reason));
         let sources = origin.sources();
         for layer in admitted {
+            layer.note_use(SystemTime::now());
             if layer.state() == LayerState::Lazy {
                 let digest = layer.digest();
                 self.fetcher.attach(layer, sources.clone());
                 self.fetcher.hydrate(&digest);
             }
         }
-        Ok(Ok(()))
+        Ok(Ok(stop))
     }
 
-    /// Takes tables into the store and remembers the image. Gives those of its first `lazy` layers that are there, or why the
-    /// tables are not those of the image. Blocks; the caller holds `admission`.
+    /// Takes tables into the store and remembers the image. Gives those of its first `lazy` layers that are there and, if that
+    /// ends before the last of them, why; or why the tables are not those of the image. Blocks; the caller holds `admission`.
     fn admit(
         &self,
         name: &str,
         record: &ImageRecord,
         lazy: usize,
         tocs: &[Vec<u8>],
-    ) -> anyhow::Result<Result<Vec<Arc<Layer>>, Reason>> {
+    ) -> anyhow::Result<Result<(Vec<Arc<Layer>>, Option<Reason>), Reason>> {
         self.remove_dying()?;
         self.store.admit_all(tocs)?;
         let mut admitted = Vec::new();
         for described in record.layers.iter().take(lazy) {
-            let Some(layer) = self.usable(&described.digest) else { continue };
+            let Some(layer) = self.usable(&described.digest) else {
+                if self.dying().contains(&described.digest) {
+                    continue;
+                }
+                // Tables are stored under the layer that they themselves name.
+                let text = format!("no table that came is that of layer {}", described.digest);
+                return Ok(Err(Reason::new("image.mismatch", text)));
+            };
             if layer.toc().diff_id() != described.diff_id {
                 let text = format!("the table of layer {} is of another tar than the server says", described.digest);
                 return Ok(Err(Reason::new("image.mismatch", text)));
             }
             admitted.push(layer);
         }
+        let stop = impossible(&admitted)?.map(|found| {
+            admitted.truncate(found.layer);
+            let (layer, layers, path) = (found.layer + 1, record.layers.len(), String::from_utf8_lossy(&found.path));
+            let text = format!(
+                "layer {layer} of {layers} cannot be lazy: it has something in the directory {path}, and a layer below has no \
+                 directory on the way there; containerd will not unpack it either"
+            );
+            Reason::new("image.not-eligible", text)
+        });
         self.catalog.put_image(name, record)?;
-        Ok(Ok(admitted))
+        Ok(Ok((admitted, stop)))
     }
 
     /// Removes the layers that were given back. Blocks; the caller holds `admission`.
@@ -441,6 +473,33 @@ impl NodeImages {
         Ok(())
     }
 
+    /// Sees to it that the fetcher has sources of a layer, also of one that was wholly local. Blocks, and must not be called on
+    /// a thread of the runtime: a credential helper may take seconds.
+    ///
+    /// # Errors
+    /// When no image is known that has the layer, or its credential cannot be had.
+    pub fn supply(&self, layer: &Arc<Layer>) -> Result<(), SourceError> {
+        let digest = layer.digest();
+        if self.fetcher.is_attached(&digest) {
+            return Ok(());
+        }
+        // One image that has it will do.
+        if let Some(origin) = self.origins_of(&digest)?.first() {
+            self.fetcher.attach(Arc::clone(layer), origin.sources());
+        }
+        Ok(())
+    }
+
+    /// Somebody is about to use these layers. What was given up of them comes back, as far as there is room.
+    fn note_use(&self, layers: &[Digest]) {
+        for layer in layers.iter().filter_map(|digest| self.store.layer(digest)) {
+            layer.note_use(SystemTime::now());
+            if layer.state() == LayerState::Lazy && self.fetcher.is_attached(&layer.digest()) {
+                self.fetcher.hydrate(&layer.digest());
+            }
+        }
+    }
+
     /// Gives a layer to the fetcher anew, with the sources of all images that have it: it is to be fetched again.
     ///
     /// # Errors
@@ -457,21 +516,21 @@ impl NodeImages {
         Ok(())
     }
 
-    /// Where a layer comes from. Blocks.
-    fn origins_of(&self, digest: &Digest) -> anyhow::Result<Vec<Origin>> {
-        let (mut origins, mut failed) = (Vec::new(), None);
-        for (_, record) in self.catalog.images()? {
+    /// Where a layer comes from: one origin for each image that has it, at least one. Blocks.
+    fn origins_of(&self, digest: &Digest) -> Result<Vec<Origin>, SourceError> {
+        let local = |error: anyhow::Error| SourceError::new(ErrorKind::Local, format!("{error:#}"));
+        let mut failed = SourceError::new(ErrorKind::NotFound, format!("no image is known that has layer {digest}"));
+        let mut origins = Vec::new();
+        for (_, record) in self.catalog.images().map_err(local)? {
             if record.layers.iter().any(|layer| layer.digest == *digest) {
-                match record.image.parse().map(|image| self.origins.of(&image, record.manifest)) {
-                    Ok(Ok(origin)) => origins.push(origin),
-                    Ok(Err(error)) => failed = Some(error.to_string()),
-                    Err(error) => failed = Some(error.to_string()),
+                let image = record.image.parse().map_err(|error: millstream_oci::ReferenceError| local(error.into()));
+                match image.and_then(|image| self.origins.of(&image, record.manifest)) {
+                    Ok(origin) => origins.push(origin),
+                    Err(error) => failed = error,
                 }
             }
         }
-        let why = failed.unwrap_or_else(|| "no image is known that has it".to_owned());
-        anyhow::ensure!(!origins.is_empty(), "layer {digest} has no source: {why}");
-        Ok(origins)
+        if origins.is_empty() { Err(failed) } else { Ok(origins) }
     }
 
     /// Lazy layers that the fetcher does not know: the credential of their image could not be read when they were taken up.
@@ -489,6 +548,9 @@ impl NodeImages {
             Err(error) => return failed(&error),
         };
         if let Some(reason) = outcome::precondition(streaming, None) {
+            return PrepareOutcome::Deferred { reason };
+        }
+        if let Some(reason) = self.no_room() {
             return PrepareOutcome::Deferred { reason };
         }
         let candidates = match self.candidates(&request).await {
@@ -519,6 +581,19 @@ impl NodeImages {
             first.get_or_insert(outcome);
         }
         first.unwrap_or_else(|| PrepareOutcome::deferred("labels.missing", "no image has this layer"))
+    }
+
+    /// Why nothing new can be taken in: tables and records need room on the disk. What is here is served all the same.
+    fn no_room(&self) -> Option<Reason> {
+        let root = self.store.root();
+        let disk = rustix::fs::statvfs(root).ok()?;
+        let free = disk.f_bavail.saturating_mul(disk.f_frsize);
+        let text = match (disk.f_flag.contains(StatVfsMountFlags::RDONLY), free < METADATA_ROOM) {
+            (true, _) => format!("{} is mounted read-only; hint: see the kernel's log", root.display()),
+            (_, true) => format!("only {free} bytes are free on the disk with {}; hint: make room", root.display()),
+            _ => return None,
+        };
+        Some(Reason::new("node.no-room", text))
     }
 
     /// Remembers what a request is taken for, for the name of its decision.
@@ -633,6 +708,12 @@ fn record_decisions(catalog: Catalog) -> SyncSender<Decision> {
 /// Layers whose TOCs the server is told to leave out, at most.
 const MAX_KNOWN_LAYERS: usize = 1000;
 
+/// What makes a layer one that containerd could not unpack over those below it.
+fn impossible(layers: &[Arc<Layer>]) -> anyhow::Result<Option<Contradiction>> {
+    let layer = |layer: &Arc<Layer>| ViewLayer { number: layer.number(), toc: Arc::clone(layer.toc()) };
+    Ok(contradiction(&layers.iter().map(layer).collect::<Vec<_>>())?)
+}
+
 fn none(wanted: &Wanted) -> ImageRecord {
     ImageRecord { image: wanted.image.to_string(), manifest: wanted.manifest, layers: Vec::new() }
 }
@@ -667,6 +748,7 @@ impl LazyImages for SharedImages {
     }
 
     async fn view(&self, run: &[Digest], below: &[PathBuf]) -> Result<PathBuf, ViewFailure> {
+        self.0.note_use(run);
         self.0.views.path(run, below).await.map_err(|error| {
             let message = format!("{error:#}");
             error!({ names::CODE } = "view.failed", error = message, "layers cannot be shown");

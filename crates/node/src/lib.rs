@@ -21,6 +21,7 @@ pub mod metrics;
 pub mod mount_keeper;
 pub mod origin;
 pub mod page;
+pub mod quota;
 pub mod repair;
 pub mod server_client;
 pub mod supervisor;

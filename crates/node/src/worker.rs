@@ -2,6 +2,7 @@
 
 use std::io;
 use std::os::fd::{AsFd, OwnedFd};
+use std::os::unix::fs::OpenOptionsExt;
 use std::os::unix::net::UnixListener;
 use std::path::Path;
 use std::sync::Arc;
@@ -45,6 +46,7 @@ use crate::metrics::NodeMetrics;
 use crate::mount_keeper::MountKeeper;
 use crate::origin::Origins;
 use crate::page;
+use crate::quota::{Keeper, Limits};
 use crate::repair::Repairer;
 use crate::server_client::Server;
 use crate::supervisor::{FIRST, MAX_MESSAGE, SERVES, mountpoint};
@@ -52,6 +54,8 @@ use crate::views::Views;
 
 /// How long requests that are under way may go on after we were asked to stop.
 const DRAIN: Duration = Duration::from_secs(5);
+/// How long a source may give nothing; less where reads have to be answered within a minute.
+const LONGEST_IDLE: Duration = Duration::from_secs(15);
 
 /// How often it is looked whether the database still works.
 const DATABASE_CHECK: Duration = Duration::from_secs(1);
@@ -107,11 +111,20 @@ pub async fn run(settings: &Settings, inherited: Inheritance, restarts: u64) -> 
     let lost = LostMounts::find(&settings.root, &mountpoint(settings), inherited.connection.answer.is_none());
 
     // world
-    let options = StoreOptions { numbers_above: numbers.layers, ..StoreOptions::default() };
+    let options = StoreOptions {
+        sync_interval: settings.store.sync_interval,
+        numbers_above: numbers.layers,
+        ..StoreOptions::default()
+    };
     let store = Arc::new(Store::open(&settings.root, Arc::clone(&db), options).context("opening the store")?);
+    // A source that gives nothing is left early enough for the next one to be asked in time, and a host earlier still.
+    let idle_timeout = (settings.fetch.read_deadline / 4).min(LONGEST_IDLE);
     let registry = Registry::new(RegistryOptions {
         hosts_dir: Some(settings.registry.hosts_dir.clone()),
         max_connections_per_host: settings.fetch.connections,
+        connect_timeout: idle_timeout / 4,
+        first_byte_timeout: idle_timeout / 2,
+        idle_timeout,
         ..RegistryOptions::default()
     })?;
     let containerd = &settings.containerd.address;
@@ -137,6 +150,7 @@ pub async fn run(settings: &Settings, inherited: Inheritance, restarts: u64) -> 
     let fetch = FetchOptions {
         slots: settings.fetch.connections,
         read_deadline: settings.fetch.read_deadline,
+        idle_timeout,
         share: settings.fetch.sharing,
         ..FetchOptions::default()
     };
@@ -167,7 +181,7 @@ pub async fn run(settings: &Settings, inherited: Inheritance, restarts: u64) -> 
     // the kernel's side, then containerd's
     let (resumed, whether_resumed) = watch::channel(false);
     tokio::spawn(repairer.clone().work(whether_resumed.clone()));
-    let content = Arc::new(NodeContent::new(Arc::clone(&store), fetcher, whether_resumed, metrics.clone()));
+    let content = Arc::new(NodeContent::new(Arc::clone(&images), whether_resumed, metrics.clone()));
     let adapter = Adapter::new(layerfs, content, tokio::runtime::Handle::current());
     let supervisor = inherited.supervisor;
     let session = Session::start(adapter, inherited.connection, |answer| write_message(supervisor.as_fd(), answer))
@@ -194,8 +208,10 @@ pub async fn run(settings: &Settings, inherited: Inheritance, restarts: u64) -> 
     }
     let garbage = Garbage::new(snapshots.clone(), Arc::clone(&images));
     tokio::spawn(garbage.clone().give_back_again_and_again());
+    let keeper = Keeper::new(limits(settings), settings.root.clone(), snapshots.clone(), Arc::clone(&images));
+    tokio::spawn(keeper.keep());
     let checker = Checker::new(repairer, session.invalidator());
-    let control = Control::new(images, garbage, checker, settings.fetch.hydration);
+    let control = Control::new(images, garbage, checker, settings.fetch.hydration, settings.store.quota);
     let result = tokio::select! {
         result = serve(inherited.listener, SnapshotService::new(snapshots), control, session) => result,
         error = database_failed(&db, &settings.root) => Err(error),
@@ -205,6 +221,17 @@ pub async fn run(settings: &Settings, inherited: Inheritance, restarts: u64) -> 
         warn!(%error, "not everything is synced; it is fetched again after the next start");
     }
     result
+}
+
+fn limits(settings: &Settings) -> Limits {
+    let store = &settings.store;
+    Limits {
+        quota: store.quota,
+        high_water: store.high_water,
+        low_water: store.low_water,
+        reserve: store.reserve,
+        evict_used: store.evict_used,
+    }
 }
 
 /// Above which numbers begin in a database that has given out none. In a new root that is nothing; where the database was lost,
@@ -287,11 +314,26 @@ async fn database_failed(db: &Database, root: &Path) -> anyhow::Error {
             );
             told = true;
         }
-        match rustix::fs::statvfs(root) {
-            Ok(disk) if disk.f_bavail.saturating_mul(disk.f_frsize) < DATABASE_ROOM => {}
-            _ => return anyhow::anyhow!("the database failed and has to be opened again"),
+        if can_be_written(root) {
+            return anyhow::anyhow!("the database failed and has to be opened again");
         }
     }
+}
+
+/// Whether the disk has room again, can be written and keeps what is written: else the next worker could not open the database
+/// either, and nobody would serve what is here.
+fn can_be_written(root: &Path) -> bool {
+    let room = rustix::fs::statvfs(root).is_ok_and(|disk| disk.f_bavail.saturating_mul(disk.f_frsize) >= DATABASE_ROOM);
+    let probe = root.join("probe.tmp");
+    let written = || -> io::Result<()> {
+        let mut file = std::fs::OpenOptions::new().write(true).create(true).truncate(true).mode(0o600).open(&probe)?;
+        io::Write::write_all(&mut file, &[0; 4096])?;
+        file.sync_all()
+    };
+    let result = room && written().is_ok();
+    // Left behind it would be overwritten the next time.
+    let _ = std::fs::remove_file(&probe);
+    result
 }
 
 async fn serve(
