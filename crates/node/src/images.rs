@@ -52,6 +52,9 @@ const METADATA_ROOM: u64 = 16 << 20;
 /// Code of a layer that was given back while a decision said lazy.
 const RELEASED: &str = "node.released";
 
+/// Layers that were taken in, with why those above were not, if so; or why none was.
+type Admitted = Result<(Vec<Arc<Layer>>, Option<Reason>), Reason>;
+
 /// What was decided about an image.
 #[derive(Debug)]
 struct Plan {
@@ -103,11 +106,11 @@ impl NodeImages {
         catalog: Catalog,
         origins: Origins,
         lookup: Option<Lookup>,
-        damages: Damages,
         deadline: Duration,
     ) -> Self {
         Self {
             metrics: origins.metrics.clone(),
+            damages: views.damages().clone(),
             decisions: record_decisions(catalog.clone()),
             store,
             fetcher,
@@ -115,7 +118,6 @@ impl NodeImages {
             catalog,
             origins,
             lookup,
-            damages,
             deadline,
             plans: Mutex::default(),
             dying: Mutex::default(),
@@ -260,7 +262,8 @@ impl NodeImages {
         let (record, layers) = self.ask(origin).await?;
         let wanted = |layer: &ServedLayer| self.store.is_damaged(&layer.digest);
         let tocs = layers.into_iter().filter(wanted).filter_map(|layer| layer.bytes).collect();
-        let lazy = record.layers.len();
+        // Those above the first that cannot be lazy are containerd's.
+        let lazy = record.layers.iter().take_while(|layer| layer.ineligible.is_none()).count();
         self.take_tables(repository.to_owned(), record.clone(), lazy, tocs, origin)
             .await?
             .map_err(|mismatch| anyhow::anyhow!("{}", mismatch.message))?;
@@ -349,13 +352,7 @@ impl NodeImages {
 
     /// Takes tables into the store and remembers the image. Gives those of its first `lazy` layers that are there and, if that
     /// ends before the last of them, why; or why the tables are not those of the image. Blocks; the caller holds `admission`.
-    fn admit(
-        &self,
-        name: &str,
-        record: &ImageRecord,
-        lazy: usize,
-        tocs: &[Vec<u8>],
-    ) -> anyhow::Result<Result<(Vec<Arc<Layer>>, Option<Reason>), Reason>> {
+    fn admit(&self, name: &str, record: &ImageRecord, lazy: usize, tocs: &[Vec<u8>]) -> anyhow::Result<Admitted> {
         self.remove_dying()?;
         self.store.admit_all(tocs)?;
         let mut admitted = Vec::new();

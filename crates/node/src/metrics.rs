@@ -378,16 +378,7 @@ mod tests {
         let registry = Registries::new(RegistryOptions::default()).unwrap();
         let origins = Origins { registry, server: None, embedded: None, docker_config: None, metrics: metrics.clone() };
         let catalog = Catalog::open(db).unwrap();
-        Arc::new(NodeImages::new(
-            store,
-            fetcher,
-            views,
-            catalog,
-            origins,
-            None,
-            Damages::default(),
-            Duration::from_secs(1),
-        ))
+        Arc::new(NodeImages::new(store, fetcher, views, catalog, origins, None, Duration::from_secs(1)))
     }
 
     #[tokio::test]

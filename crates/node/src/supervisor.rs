@@ -64,6 +64,7 @@ pub fn run(settings: &Settings, config: Option<&Path>) -> anyhow::Result<()> {
     make_private_dir(&settings.root)?;
     let _lock = lock(&settings.root)?;
     let mountpoint = mountpoint(settings);
+    await_free(&signals, &settings.socket)?;
     let listener = bind(&settings.socket)?;
     let mut mounted = mount(&mountpoint)?;
     info!(root = %settings.root.display(), socket = %settings.socket.display(), "millstreamd is up");
@@ -123,15 +124,21 @@ fn mount(mountpoint: &Path) -> anyhow::Result<Mounted> {
         .with_context(|| format!("mounting {} (hint: needs root and the fuse kernel module)", mountpoint.display()))
 }
 
+/// Gives the worker of a supervisor that was killed the time to die, too: until then it has the socket.
+fn await_free(signals: &Signals, socket: &Path) -> anyhow::Result<()> {
+    let deadline = Instant::now() + SOCKET_PATIENCE;
+    while UnixStream::connect(socket).is_ok() && Instant::now() < deadline {
+        if asked_to_stop(signals.wait(POLL)?) {
+            bail!("asked to stop while the socket was in use");
+        }
+    }
+    Ok(())
+}
+
 fn bind(socket: &Path) -> anyhow::Result<UnixListener> {
     let dir = socket.parent().context("socket has no parent directory")?;
     if !dir.exists() {
         make_private_dir(dir)?;
-    }
-    // The worker of a supervisor that was killed has the socket until it is dead, too.
-    let deadline = Instant::now() + SOCKET_PATIENCE;
-    while UnixStream::connect(socket).is_ok() && Instant::now() < deadline {
-        std::thread::sleep(POLL);
     }
     if UnixStream::connect(socket).is_ok() {
         bail!("another program listens at {}; hint: stop it, or choose another socket", socket.display());

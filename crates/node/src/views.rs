@@ -56,6 +56,12 @@ impl Views {
         Ok(())
     }
 
+    /// Where damage of views is named, and all other damage of this node with it.
+    #[must_use]
+    pub const fn damages(&self) -> &Damages {
+        &self.damages
+    }
+
     /// Views that cannot be shown now, and why.
     #[must_use]
     pub fn broken(&self) -> BTreeMap<u32, String> {

@@ -157,7 +157,7 @@ pub async fn run(settings: &Settings, inherited: Inheritance, restarts: u64) -> 
     let fetcher = Fetcher::new(Arc::clone(&store), fetch, Arc::new(Reporter), tokio::runtime::Handle::current());
     fetcher.set_hydration(settings.fetch.hydration);
     let layerfs = Arc::new(LayerFs::new());
-    let views = Arc::new(Views::new(Arc::clone(&store), Arc::clone(&layerfs), mountpoint(settings), damages.clone()));
+    let views = Arc::new(Views::new(Arc::clone(&store), Arc::clone(&layerfs), mountpoint(settings), damages));
     views.restore()?;
 
     // where they meet
@@ -168,7 +168,6 @@ pub async fn run(settings: &Settings, inherited: Inheritance, restarts: u64) -> 
         catalog,
         origins,
         lookup,
-        damages,
         settings.decision_deadline,
     ));
     let options =

@@ -1,3 +1,5 @@
+#![allow(clippy::cast_possible_truncation, reason = "numbers of a test are small")]
+
 use super::*;
 
 const ROWS: TableDefinition<'_, u64, &[u8]> = TableDefinition::new("rows");
