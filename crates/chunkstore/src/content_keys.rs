@@ -13,7 +13,8 @@ use millstream_toc::format::{ContentIx, FormatError};
 
 use crate::{Layer, durable};
 
-const FILE: &str = "keys";
+/// Their file in the directory of a layer.
+pub(crate) const FILE: &str = "keys";
 /// A new file before it takes its place.
 pub(crate) const TEMPORARY: &str = "keys.tmp";
 /// Bytes of a key and the number of its content.

@@ -38,6 +38,9 @@ pub enum LayerState {
     },
 }
 
+/// What [`StoreError::Damaged`] calls the data file.
+pub(crate) const DATA_FILE: &str = "data file";
+
 /// Chunks that other layers may take.
 #[derive(Debug)]
 pub(crate) enum Held {
@@ -95,6 +98,8 @@ pub struct Layer {
     dirty: AtomicBool,
     /// Its files are gone; what is written goes nowhere.
     removed: AtomicBool,
+    /// What was here before it was opened and is not any more.
+    lost: Option<String>,
     /// Held while the presence file or the state is replaced. The presence that is known to be on the disk, as bits.
     persist: Mutex<Vec<u64>>,
     index: Arc<Index>,
@@ -118,7 +123,14 @@ impl Layer {
         let data_path = dir.join("data");
         let verified = record.state == LayerState::Verified;
         let (data, kept) = open_data(&data_path, &digest, toc.data_size(), verified)?;
-        let presence = if verified { all(toc.chunk_count()) } else { load_presence(dir, &toc, &record, kept) };
+        let (presence, lost) = if verified {
+            (all(toc.chunk_count()), None)
+        } else {
+            match load_presence(dir, &toc, &record, &data, kept) {
+                Ok(presence) => (presence, None),
+                Err(lost) => (Presence::empty(toc.chunk_count()), lost),
+            }
+        };
         let Measured { present, total, stored } = measure(&toc, &presence)?;
         let persist = Mutex::new(presence.snapshot());
         let metadata = data.metadata().map_err(|e| StoreError::io("inspect", &data_path, e))?;
@@ -145,6 +157,7 @@ impl Layer {
             state: RwLock::new(record.state),
             dirty: AtomicBool::new(false),
             removed: AtomicBool::new(false),
+            lost,
             persist,
             index,
             faults,
@@ -156,6 +169,12 @@ impl Layer {
             tracing::warn!(layer = %layer.digest, %error, "space of lost content is not free");
         }
         Ok(layer)
+    }
+
+    /// The same, with what it had and lost.
+    pub(crate) fn with_lost(mut self, lost: &str) -> Self {
+        self.lost = Some(lost.to_owned());
+        self
     }
 
     /// Digest of the layer's blob.
@@ -180,6 +199,12 @@ impl Layer {
     #[must_use]
     pub fn toc_digest(&self) -> Digest {
         self.toc_digest
+    }
+
+    /// Why content that was here is fetched again, if this layer had some that was lost before it was opened.
+    #[must_use]
+    pub fn lost(&self) -> Option<&str> {
+        self.lost.as_deref()
     }
 
     /// How far the layer can be trusted now.
@@ -222,7 +247,7 @@ impl Layer {
         let missing = self.missing(range)?;
         let read = self.faults.before(Step::ReadData, &self.data_path);
         let read = read.and_then(|()| self.data.read_exact_at(out, range.start)).map_err(|error| match error.kind() {
-            std::io::ErrorKind::UnexpectedEof => damaged("data file", &self.digest),
+            std::io::ErrorKind::UnexpectedEof => damaged(DATA_FILE, &self.digest),
             _ => StoreError::io("read", &self.data_path, error),
         });
         if read.is_err() {
@@ -355,6 +380,24 @@ impl Layer {
         Ok(())
     }
 
+    /// Writes the presence file anew if it is damaged or gone. False: it was.
+    pub(crate) fn persist_if_damaged(&self) -> Result<bool, StoreError> {
+        let mut durable = self.persist.lock().unwrap_or_else(PoisonError::into_inner);
+        if self.removed.load(Ordering::Acquire) {
+            return Ok(true);
+        }
+        let found = fs::read(self.dir.join("present")).ok();
+        let whole = found
+            .as_ref()
+            .is_some_and(|bytes| presence::decode(bytes, self.toc.chunk_count(), &self.toc_digest).is_some());
+        // One that was never written to has none.
+        if whole || (found.is_none() && durable.iter().all(|word| *word == 0)) {
+            return Ok(true);
+        }
+        self.persist_presence(&mut durable)?;
+        Ok(false)
+    }
+
     /// Forces the data file to the disk, which has `durable` already.
     ///
     /// The kernel reports a page that it could not write once, and may drop it then: the next sync would succeed without it,
@@ -409,6 +452,37 @@ impl Layer {
             return Ok(());
         }
         self.index.set_state(&self.digest, &state)
+    }
+
+    /// Takes chunks back that turned out to be wrong: they are missing from now on, also after a restart. A verified layer is
+    /// lazy again then. Chunks that are missing already are left out.
+    ///
+    /// # Errors
+    /// [`StoreError::Quarantined`], those of disk and database; in memory the chunks are missing in any case.
+    pub fn drop_chunks(&self, chunks: &[ChunkIx]) -> Result<(), StoreError> {
+        let mut durable = self.persist.lock().unwrap_or_else(PoisonError::into_inner);
+        self.check_trusted()?;
+        let mut kept = vec![u64::MAX; durable.len()];
+        for ix in chunks {
+            presence::unset(&mut kept, *ix);
+        }
+        for chunk in self.presence.keep(&kept).into_iter().filter_map(|ix| self.toc.chunk(ix).ok()) {
+            self.bytes_present.fetch_sub(chunk.data.len(), Ordering::Relaxed);
+            self.stored.fetch_sub(stored_len(&chunk), Ordering::Relaxed);
+            self.space.give_back(stored_len(&chunk));
+        }
+        for (word, kept) in durable.iter_mut().zip(&kept) {
+            *word &= kept;
+        }
+        if self.removed.load(Ordering::Acquire) {
+            return Ok(());
+        }
+        // First which chunks are there, then that not all are: between the two, the layer counts as whole as it did before.
+        self.persist_presence(&mut durable)?;
+        if self.state() == LayerState::Verified {
+            self.change_state(LayerState::Lazy)?;
+        }
+        Ok(())
     }
 
     /// What other layers may take from this one: only what is known to be on the disk, since a page that the kernel fails to
@@ -550,23 +624,20 @@ fn open_toc(path: &Path, layer: &Digest, expected: &Digest) -> Result<(Toc, Shar
     Ok((toc, map))
 }
 
-/// Opens the data file at its full length. `false`: what was in it before cannot be trusted and is gone.
+/// Opens the data file at its full length. `false`: it is new, or what was in it before cannot be trusted and is gone.
+///
+/// # Errors
+/// [`StoreError::Damaged`] when a verified layer has no such file.
 fn open_data(path: &Path, layer: &Digest, size: u64, verified: bool) -> Result<(File, bool), StoreError> {
-    let data = if verified {
-        fs::OpenOptions::new().read(true).write(true).open(path)
-    } else {
-        durable::private_file().open(path)
-    };
-    let data = data.map_err(|e| StoreError::io("open", path, e))?;
+    let whole = fs::symlink_metadata(path).is_ok_and(|found| found.is_file() && found.len() == size);
+    if verified && !whole {
+        return Err(damaged(DATA_FILE, layer));
+    }
+    durable::clear_way(path)?;
+    let data = durable::private_file().open(path).map_err(|e| StoreError::io("open", path, e))?;
     let found = data.metadata().map_err(|e| StoreError::io("inspect", path, e))?.len();
     if found == size {
         return Ok((data, true));
-    }
-    if verified {
-        return Err(damaged("data file", layer));
-    }
-    if found != 0 {
-        tracing::warn!(layer = %layer, found, expected = size, "data file has the wrong length; the layer starts empty");
     }
     data.set_len(0).and_then(|()| data.set_len(size)).map_err(|e| StoreError::io("resize", path, e))?;
     Ok((data, false))
@@ -580,21 +651,26 @@ fn all(chunks: u32) -> Presence {
     presence
 }
 
-/// What the presence file proves, which is nothing if it is damaged or the data it speaks of is gone.
-fn load_presence(dir: &Path, toc: &Toc, record: &LayerRecord, data_kept: bool) -> Presence {
-    let path = dir.join("present");
-    match fs::read(&path) {
-        Ok(_) if !data_kept => {}
-        Ok(bytes) => match presence::decode(&bytes, toc.chunk_count(), &record.toc) {
-            Some(words) => return Presence::from_words(words),
-            None => tracing::warn!(file = %path.display(), "presence file is damaged; the layer starts empty"),
-        },
-        Err(error) if error.kind() == std::io::ErrorKind::NotFound => {}
-        Err(error) => {
-            tracing::warn!(file = %path.display(), %error, "presence file cannot be read; the layer starts empty")
+/// What the presence file proves. Else nothing is present; with it what was lost, unless nothing was here.
+fn load_presence(
+    dir: &Path,
+    toc: &Toc,
+    record: &LayerRecord,
+    data: &File,
+    data_kept: bool,
+) -> Result<Presence, Option<String>> {
+    match fs::read(dir.join("present")) {
+        Ok(_) if !data_kept => Err(Some("its data file was gone or had another length".to_owned())),
+        Ok(bytes) => presence::decode(&bytes, toc.chunk_count(), &record.toc)
+            .map(Presence::from_words)
+            .ok_or_else(|| Some("its presence file is damaged".to_owned())),
+        Err(error) if error.kind() == std::io::ErrorKind::NotFound => {
+            // A file that was never written to takes no blocks.
+            let written = data.metadata().is_ok_and(|found| found.blocks() > 0);
+            Err(written.then(|| "its presence file is gone".to_owned()))
         }
+        Err(error) => Err(Some(format!("its presence file cannot be read: {error}"))),
     }
-    Presence::empty(toc.chunk_count())
 }
 
 /// Bytes of a layer when it is opened.

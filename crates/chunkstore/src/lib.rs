@@ -1,5 +1,6 @@
 #![doc = include_str!("../README.md")]
 
+mod check;
 mod content_keys;
 mod durable;
 mod error;
@@ -11,6 +12,7 @@ mod space;
 mod store;
 mod views;
 
+pub use check::WrongContent;
 pub use durable::{Faults, NoFaults, Step};
 pub use error::StoreError;
 pub use index::{MAX_NUMBER, ViewKey, ViewSlot};

@@ -25,6 +25,7 @@ pub(crate) fn status(status: &wire::StatusResponse, output: Output) -> anyhow::R
             "hydration": status.hydration_enabled,
             "layers": layers,
             "store": store_json(&store),
+            "damages": status.damages.iter().map(damage_json).collect::<Vec<_>>(),
             "transfer": {
                 "demand_bytes": transfer.demand_bytes,
                 "hydrate_bytes": transfer.hydrate_bytes,
@@ -48,6 +49,12 @@ pub(crate) fn status(status: &wire::StatusResponse, output: Output) -> anyhow::R
     )?;
     writeln!(text, "not transferred:         {} shared with other images", HumanBytes(transfer.shared_bytes))?;
     write_store(&mut text, &store)?;
+    for damage in &status.damages {
+        writeln!(text, "DAMAGED  {}  {}\n    {}", damage.code, damage.object, damage.reason)?;
+    }
+    if !status.damages.is_empty() {
+        writeln!(text)?;
+    }
     if status.layers.is_empty() {
         writeln!(text, "no lazy layers on this node")?;
         return Ok(text);
@@ -100,6 +107,10 @@ fn state(layer: &wire::LayerStatus) -> &'static str {
         wire::layer_status::State::Verified => "verified",
         wire::layer_status::State::Quarantined => "quarantined",
     }
+}
+
+fn damage_json(damage: &wire::Damage) -> Value {
+    json!({ "code": damage.code, "object": damage.object, "reason": damage.reason })
 }
 
 fn layer_json(layer: &wire::LayerStatus) -> Value {

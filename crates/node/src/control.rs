@@ -15,6 +15,8 @@ use tonic::{Code, Request, Response, Status};
 use tracing::info;
 
 use crate::catalog::Decision;
+use crate::check::Checker;
+use crate::damage::Damage;
 use crate::garbage::Garbage;
 use crate::images::NodeImages;
 use crate::make_local::MakeLocal;
@@ -27,6 +29,7 @@ const MAX_PROGRESS: usize = 4;
 pub struct Control {
     images: Arc<NodeImages>,
     garbage: Garbage,
+    checker: Checker,
     hydration: AtomicBool,
     quota: u64,
 }
@@ -34,8 +37,8 @@ pub struct Control {
 impl Control {
     /// `hydration` is how the fetcher was configured, `quota` what the store may take (bytes; 0: no quota).
     #[must_use]
-    pub fn new(images: Arc<NodeImages>, garbage: Garbage, hydration: bool, quota: u64) -> Self {
-        Self { images, garbage, hydration: AtomicBool::new(hydration), quota }
+    pub fn new(images: Arc<NodeImages>, garbage: Garbage, checker: Checker, hydration: bool, quota: u64) -> Self {
+        Self { images, garbage, checker, hydration: AtomicBool::new(hydration), quota }
     }
 
     fn layer_status(&self, layer: &Layer, images: Vec<String>) -> wire::LayerStatus {
@@ -62,7 +65,7 @@ impl Control {
 
 #[tonic::async_trait]
 impl Node for Control {
-    type IndexImageStream = millstream_server::ImportStream;
+    type IndexImageStream = crate::embedded::Indexing;
 
     async fn status(&self, _request: Request<wire::StatusRequest>) -> Result<Response<wire::StatusResponse>, Status> {
         let mut images: BTreeMap<Digest, Vec<String>> = BTreeMap::new();
@@ -108,6 +111,7 @@ impl Node for Control {
                 shared_bytes: counters.shared_bytes,
             }),
             version: env!("CARGO_PKG_VERSION").into(),
+            damages: self.images.damages.all().into_iter().map(damage_to_wire).collect(),
         }))
     }
 
@@ -187,6 +191,12 @@ impl Node for Control {
         Ok(Response::new(ReceiverStream::new(messages)))
     }
 
+    type CheckStream = ReceiverStream<Result<wire::CheckProgress, Status>>;
+
+    async fn check(&self, _request: Request<wire::CheckRequest>) -> Result<Response<Self::CheckStream>, Status> {
+        Ok(Response::new(ReceiverStream::new(self.checker.start()?)))
+    }
+
     async fn gc(&self, request: Request<wire::GcRequest>) -> Result<Response<wire::GcResponse>, Status> {
         let dry_run = request.into_inner().dry_run;
         let layers = self.garbage.give_back_now(dry_run).await.map_err(internal)?;
@@ -220,6 +230,10 @@ fn refused(error: SourceError) -> Status {
         _ => Code::Unavailable,
     };
     Status::new(code, error.message)
+}
+
+pub(crate) fn damage_to_wire(damage: Damage) -> wire::Damage {
+    wire::Damage { code: damage.code.to_owned(), object: damage.object, reason: damage.what }
 }
 
 fn to_wire(decision: Decision) -> wire::Decision {

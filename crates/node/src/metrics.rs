@@ -158,7 +158,11 @@ impl Gathered {
         let [local, fetched, unstored, failed] = self.reads.each_ref().map(Counter::get);
         let space = self.images.store.space();
         let refused = space.refused().map(|(refusal, count)| ("code", refusal.code(), count));
-        let rows: [Row<'_>; 7] = [
+        let found: Vec<_> =
+            self.images.damages.counts().into_iter().map(|(code, _, found)| ("code", code, found)).collect();
+        let failures: Vec<_> =
+            fetcher.failures().into_iter().map(|(kind, count)| ("code", kind.code(), count)).collect();
+        let rows: [Row<'_>; 9] = [
             (
                 "fetched",
                 "Bytes received, by what for: compressed bytes of layers for readers, ahead of readers and for hydration, \
@@ -208,6 +212,20 @@ impl Gathered {
                 &[("", "", counters.digest_mismatches)],
             ),
             (
+                "damage_found",
+                "Times that something was found damaged at the start or by a check, by code.",
+                None,
+                MetricType::Counter,
+                &found,
+            ),
+            (
+                "fetch_failures",
+                "Attempts to fetch bytes from a source that failed, also half-way, by code; another one may have succeeded.",
+                None,
+                MetricType::Counter,
+                &failures,
+            ),
+            (
                 "worker_restarts",
                 "Workers of this millstreamd that died.",
                 None,
@@ -228,7 +246,9 @@ impl Gathered {
         let [demand, prefetch, hydrate] = queues.requests.map(|waiting| waiting as u64);
         let streaming = self.images.catalog.streaming().is_ok_and(|enabled| enabled);
         let space = self.images.store.space();
-        let rows: [Row<'_>; 8] = [
+        let damaged: Vec<_> =
+            self.images.damages.counts().into_iter().map(|(code, now, _)| ("code", code, now)).collect();
+        let rows: [Row<'_>; 9] = [
             (
                 "layers",
                 "Layers that are not pulled the ordinary way, by state.",
@@ -241,6 +261,7 @@ impl Gathered {
                     ("state", "damaged", self.images.store.damaged().len() as u64),
                 ],
             ),
+            ("damaged", "What is damaged now and not mended yet, by code.", None, MetricType::Gauge, &damaged),
             (
                 "store_present",
                 "Bytes of file content of these layers that are local.",
@@ -339,6 +360,7 @@ mod tests {
 
     use super::*;
     use crate::catalog::Catalog;
+    use crate::damage::Damages;
     use crate::images::Reporter;
     use crate::origin::Origins;
     use crate::views::Views;
@@ -349,13 +371,23 @@ mod tests {
         let store = Arc::new(Store::open(root, Arc::clone(&db), StoreOptions::default()).unwrap());
         let runtime = tokio::runtime::Handle::current();
         let fetcher = Fetcher::new(Arc::clone(&store), FetchOptions::default(), Arc::new(Reporter), runtime);
-        let views = Arc::new(Views::new(Arc::clone(&store), Arc::new(LayerFs::new()), root.join("m")));
+        let views =
+            Arc::new(Views::new(Arc::clone(&store), Arc::new(LayerFs::new()), root.join("m"), Damages::default()));
         // The first test of this process that needs it installs it.
         let _ = rustls::crypto::ring::default_provider().install_default();
         let registry = Registries::new(RegistryOptions::default()).unwrap();
         let origins = Origins { registry, server: None, embedded: None, docker_config: None, metrics: metrics.clone() };
         let catalog = Catalog::open(db).unwrap();
-        Arc::new(NodeImages::new(store, fetcher, views, catalog, origins, None, Duration::from_secs(1)))
+        Arc::new(NodeImages::new(
+            store,
+            fetcher,
+            views,
+            catalog,
+            origins,
+            None,
+            Damages::default(),
+            Duration::from_secs(1),
+        ))
     }
 
     #[tokio::test]

@@ -1,6 +1,6 @@
 //! The front door: layers come and go, readers ask for ranges.
 
-use std::collections::HashMap;
+use std::collections::{BTreeMap, HashMap};
 use std::sync::{Arc, PoisonError, RwLock};
 
 use bytes::Bytes;
@@ -234,6 +234,11 @@ impl Fetcher {
     /// Totals since the start.
     pub fn counters(&self) -> Counters {
         self.shared.tally.snapshot(self.shared.gate.running())
+    }
+
+    /// Attempts to fetch bytes from a source that failed since the start, by what went wrong.
+    pub fn failures(&self) -> BTreeMap<ErrorKind, u64> {
+        self.shared.tally.failures()
     }
 
     /// What waits now.

@@ -14,6 +14,7 @@ mod gate;
 mod hydrate;
 mod lru;
 mod options;
+mod pace;
 mod part;
 pub mod plan;
 pub mod queue;

@@ -16,8 +16,9 @@ use millstream_toc::{Budget, BuildOptions, Compression, DataRange, Reassembled, 
 use crate::background::at_low_priority;
 use crate::deliver::{store_failed, toc_failed};
 use crate::ensure::missing;
-use crate::extract::{bounded, next_piece};
+use crate::extract::bounded;
 use crate::gate::Urgency;
+use crate::pace::Paced;
 use crate::part::Pass;
 use crate::plan;
 
@@ -115,12 +116,12 @@ async fn fetch_skeleton(pass: &Pass<'_>, limit: u64) -> Result<Option<Bytes>, So
     let _permit = shared.gate.acquire(&urgency).await?;
     shared.tally.request();
     let idle = shared.options.idle_timeout;
-    let Skeleton { size, mut packed } = bounded(idle, "skeleton", content.skeleton(&layer)).await?;
+    let Skeleton { size, packed } = bounded(idle, "skeleton", content.skeleton(&layer)).await?;
     if size > limit {
         return Ok(None);
     }
-    let mut bytes = BytesMut::new();
-    while let Some(piece) = next_piece(&mut packed, idle).await? {
+    let (mut bytes, mut packed) = (BytesMut::new(), Paced::new(packed, idle));
+    while let Some(piece) = packed.next().await? {
         if bytes.len() as u64 + piece.len() as u64 > size {
             return Err(SourceError::new(ErrorKind::Malformed, format!("skeleton of {layer} is longer than it says")));
         }

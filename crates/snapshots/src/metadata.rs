@@ -55,15 +55,18 @@ pub(crate) struct Metadata {
 }
 
 impl Metadata {
-    /// Makes the tables where they are missing.
-    pub(crate) fn open(db: Arc<Database>) -> Result<Self, Error> {
+    /// Makes the tables where they are missing. Numbers begin above `numbers_above` where none was given out yet.
+    pub(crate) fn open(db: Arc<Database>, numbers_above: u64) -> Result<Self, Error> {
         let metadata = Self { db };
         metadata.write(|tx| {
             tx.open_table(RECORDS).map_err(database)?;
             tx.open_table(CHILDREN).map_err(database)?;
             tx.open_table(LAYERS).map_err(database)?;
             tx.open_multimap_table(TARGETS).map_err(database)?;
-            tx.open_table(NUMBERS).map_err(database)?;
+            let mut numbers = tx.open_table(NUMBERS).map_err(database)?;
+            if numbers_above > 0 && numbers.get(NEXT).map_err(database)?.is_none() {
+                numbers.insert(NEXT, numbers_above.saturating_add(1)).map_err(database)?;
+            }
             Ok(())
         })?;
         Ok(metadata)

@@ -1,7 +1,8 @@
 //! The daemons of this project, with settings of their own in a workdir.
 
 use std::fmt::Write as _;
-use std::net::SocketAddr;
+use std::io::Read as _;
+use std::net::{SocketAddr, TcpStream};
 use std::path::{Path, PathBuf};
 use std::process::Command;
 use std::time::Duration;
@@ -49,6 +50,8 @@ pub struct NodeOptions {
     pub read_deadline: Duration,
     /// Further tables of the settings, as they stand in the file.
     pub more: String,
+    /// Where its metrics are shown, if anywhere.
+    pub metrics: Option<SocketAddr>,
 }
 
 impl NodeOptions {
@@ -63,6 +66,7 @@ impl NodeOptions {
             hydration: true,
             read_deadline: Duration::from_secs(60),
             more: String::new(),
+            metrics: None,
         }
     }
 }
@@ -140,6 +144,11 @@ impl Node {
     /// Directory of its state.
     pub fn root(&self) -> PathBuf {
         self.root.clone()
+    }
+
+    /// File with its settings; what is changed there holds from its next start on.
+    pub fn config(&self) -> &Path {
+        &self.config
     }
 
     /// Its output.
@@ -401,9 +410,34 @@ fn node_settings(dir: &Path, options: &NodeOptions) -> Result<String> {
     writeln!(text, "\n[containerd]\naddress = {:?}", options.containerd.as_deref().unwrap_or(Path::new("")))?;
     let deadline = options.read_deadline.as_millis();
     writeln!(text, "\n[fetch]\nhydration = {}\nread_deadline = \"{deadline}ms\"", options.hydration)?;
+    if let Some(address) = options.metrics {
+        writeln!(text, "\n[metrics]\nlisten = \"{address}\"")?;
+    }
     text.push_str("\n[log]\nlevel = \"debug,h2=info,hyper=info,tonic=info,tower=info\"\n");
     text.push_str(&options.more);
     Ok(text)
+}
+
+/// The page of metrics that somebody shows at `address`.
+///
+/// # Errors
+///
+/// If nobody answers.
+pub fn metrics_page(address: SocketAddr) -> Result<String> {
+    let mut stream = TcpStream::connect_timeout(&address, CALL)?;
+    stream.set_read_timeout(Some(CALL))?;
+    let asked = format!("GET /metrics HTTP/1.1\r\nHost: {address}\r\nConnection: close\r\n\r\n");
+    std::io::Write::write_all(&mut stream, asked.as_bytes())?;
+    let mut page = String::new();
+    stream.read_to_string(&mut page)?;
+    Ok(page)
+}
+
+/// The value of one sample, written as on the page, such as `name_total{label="x"}`; 0 if it is not there.
+#[must_use]
+pub fn sample(page: &str, name: &str) -> u64 {
+    let lines = page.lines().filter_map(|line| line.strip_prefix(name)?.strip_prefix(' '));
+    lines.filter_map(|value| value.trim().parse().ok()).next().unwrap_or_default()
 }
 
 fn server_settings(dir: &Path, options: &ServerOptions) -> Result<String> {

@@ -11,6 +11,7 @@ pub mod disk;
 pub mod image;
 pub mod installation;
 pub mod layer;
+pub mod liar;
 pub mod link;
 pub mod need;
 mod pack;
