@@ -38,8 +38,11 @@ check: fmt lint ## what continuous integration asks of the sources
 fmt: toolchain
 	cargo fmt --all --check
 
+# The fuzz targets are compiled as well (not linked: that needs libFuzzer), so that they do not rot between two runs of `make fuzz`.
 lint: toolchain
 	cargo clippy --workspace --all-targets --locked -- -D warnings
+	RUSTFLAGS='--cfg fuzzing' CUSTOM_LIBFUZZER_PATH=/nonexistent/libFuzzer.a \
+		cargo check --manifest-path tests/fuzz/Cargo.toml --target-dir target/fuzz-check --locked
 
 tools: toolchain ## install what the tests need (Debian packages, containerd 2.x)
 	tests/tools/install.sh

@@ -22,6 +22,8 @@ pub enum Step {
     SyncDirectory,
     /// Metadata is committed to the database.
     Commit,
+    /// The space of chunks that were given up is freed.
+    Punch,
 }
 
 /// Lets a test make the disk fail, or stop, before any step.

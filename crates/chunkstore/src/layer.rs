@@ -3,22 +3,25 @@
 use std::fs::{self, File};
 use std::io;
 use std::ops::Range;
-use std::os::unix::fs::FileExt;
+use std::os::unix::fs::{FileExt, MetadataExt};
 use std::path::{Path, PathBuf};
 use std::sync::atomic::{AtomicBool, AtomicU64, Ordering};
 use std::sync::{Arc, Mutex, PoisonError, RwLock};
+use std::time::{Duration, SystemTime, UNIX_EPOCH};
 
 use millstream_oci::Digest;
 use millstream_sys::map::GuardedMap;
-use millstream_toc::format::{ChunkIx, NONE};
+use millstream_toc::format::{ChunkIx, DATA_ALIGN, NONE};
 use millstream_toc::read::Chunk;
 use millstream_toc::{CHUNK_SIZE, DataRange, Toc};
 use serde::{Deserialize, Serialize};
 
-use crate::StoreError;
 use crate::durable::{self, Faults, Step};
 use crate::index::{Index, LayerRecord};
 use crate::presence::{self, Presence};
+use crate::{Space, StoreError};
+
+mod evict;
 
 /// How far a layer can be trusted.
 #[derive(Debug, Clone, PartialEq, Eq, Serialize, Deserialize)]
@@ -75,8 +78,18 @@ pub struct Layer {
     data: File,
     data_path: PathBuf,
     presence: Presence,
+    /// Held by whoever looks at or changes presence and data together; [`evict`] says what for. True: content is being given
+    /// up, and nothing is written.
+    content: RwLock<bool>,
     bytes_present: AtomicU64,
     bytes_total: u64,
+    /// Bytes of `bytes_present` whose record is on the disk.
+    bytes_synced: AtomicU64,
+    /// Bytes of the disk that content takes, as [`Space`] counts them.
+    stored: AtomicU64,
+    /// Seconds since 1970 of the last use.
+    used: AtomicU64,
+    space: Arc<Space>,
     state: RwLock<LayerState>,
     /// Chunks were written since the last sync began.
     dirty: AtomicBool,
@@ -99,15 +112,20 @@ impl Layer {
         record: LayerRecord,
         index: Arc<Index>,
         faults: Arc<dyn Faults>,
+        space: Arc<Space>,
     ) -> Result<Self, StoreError> {
         let (toc, toc_map) = open_toc(&dir.join("toc"), &digest, &record.toc)?;
         let data_path = dir.join("data");
         let verified = record.state == LayerState::Verified;
         let (data, kept) = open_data(&data_path, &digest, toc.data_size(), verified)?;
         let presence = if verified { all(toc.chunk_count()) } else { load_presence(dir, &toc, &record, kept) };
-        let (bytes_present, bytes_total) = measure(&toc, &presence)?;
+        let Measured { present, total, stored } = measure(&toc, &presence)?;
         let persist = Mutex::new(presence.snapshot());
-        Ok(Self {
+        let metadata = data.metadata().map_err(|e| StoreError::io("inspect", &data_path, e))?;
+        let used = metadata.accessed().ok().and_then(|used| used.duration_since(UNIX_EPOCH).ok()).unwrap_or_default();
+        let occupied = metadata.blocks().saturating_mul(STAT_BLOCK);
+        space.add(stored);
+        let layer = Self {
             digest,
             number: record.number,
             toc: Arc::new(toc),
@@ -117,15 +135,27 @@ impl Layer {
             data,
             data_path,
             presence,
-            bytes_present: AtomicU64::new(bytes_present),
-            bytes_total,
+            content: RwLock::new(false),
+            bytes_present: AtomicU64::new(present),
+            bytes_total: total,
+            bytes_synced: AtomicU64::new(present),
+            stored: AtomicU64::new(stored),
+            used: AtomicU64::new(used.as_secs()),
+            space,
             state: RwLock::new(record.state),
             dirty: AtomicBool::new(false),
             removed: AtomicBool::new(false),
             persist,
             index,
             faults,
-        })
+        };
+        if !verified
+            && occupied > stored
+            && let Err(error) = layer.free_what_is_missing()
+        {
+            tracing::warn!(layer = %layer.digest, %error, "space of lost content is not free");
+        }
+        Ok(layer)
     }
 
     /// Digest of the layer's blob.
@@ -176,20 +206,39 @@ impl Layer {
         Ok(chunks)
     }
 
-    /// Reads `range` of the data address space into `out`. What is missing reads as zeros: the caller has seen
-    /// [`Layer::missing`] empty for `range`.
+    /// Reads `range` of the data address space into `out`, and gives those of its chunks that are missing: their bytes in `out`
+    /// mean nothing.
     ///
     /// # Errors
-    /// [`StoreError::Quarantined`], [`StoreError::OutOfRange`], [`StoreError::Damaged`] when the data file got shorter.
-    pub fn read(&self, range: DataRange, out: &mut [u8]) -> Result<(), StoreError> {
+    /// [`StoreError::Quarantined`], [`StoreError::OutOfRange`], [`StoreError::Damaged`] when the data file got shorter, those
+    /// of [`Layer::missing`].
+    pub fn read(&self, range: DataRange, out: &mut [u8]) -> Result<Vec<Chunk>, StoreError> {
         self.check_trusted()?;
         if range.end > self.toc.data_size() || range.len() != out.len() as u64 {
             return Err(StoreError::OutOfRange { range });
         }
-        self.data.read_exact_at(out, range.start).map_err(|error| match error.kind() {
+        // What is seen here stays until it is read.
+        let _content = self.content.read().unwrap_or_else(PoisonError::into_inner);
+        let missing = self.missing(range)?;
+        let read = self.data.read_exact_at(out, range.start).map_err(|error| match error.kind() {
             std::io::ErrorKind::UnexpectedEof => damaged("data file", &self.digest),
             _ => StoreError::io("read", &self.data_path, error),
-        })
+        });
+        if read.is_err() {
+            self.space.note(&read);
+        }
+        read.map(|()| missing)
+    }
+
+    /// Has `copy` take the content of `chunks` out of the data file, if all of them are there and can be trusted.
+    pub(crate) fn give(&self, chunks: Range<ChunkIx>, copy: impl FnOnce(&File) -> io::Result<()>) -> io::Result<()> {
+        let _content = self.content.read().unwrap_or_else(PoisonError::into_inner);
+        if !chunks.into_iter().all(|ix| self.presence.has(ix)) {
+            return Err(io::Error::other("content of the other layer was given up meanwhile"));
+        }
+        copy(&self.data)?;
+        // A TOC that turned to zeros meanwhile may have named wrong places.
+        self.check_trusted().map_err(io::Error::other)
     }
 
     /// Puts the bytes of a chunk in its place; the caller has verified them. A chunk that is present is left alone. When
@@ -233,20 +282,43 @@ impl Layer {
         if self.removed.load(Ordering::Acquire) {
             return Ok(0);
         }
+        let content = self.content.read().unwrap_or_else(PoisonError::into_inner);
+        let result = self.put_with(chunks, write, *content);
+        self.space.note(&result);
+        result
+    }
+
+    /// The caller holds `content`, which said whether this layer is `evicting`.
+    fn put_with(
+        &self,
+        chunks: Range<ChunkIx>,
+        write: impl FnOnce(&File) -> io::Result<()>,
+        evicting: bool,
+    ) -> Result<u64, StoreError> {
+        let mut needed = 0;
+        for ix in chunks.clone().filter(|ix| !self.presence.has(*ix)) {
+            needed += stored_len(&self.toc.chunk(ix)?);
+        }
+        if evicting || needed > self.space.free() {
+            return Err(StoreError::NoSpace { action: "store more content in", path: self.data_path.clone() });
+        }
         self.faults
             .before(Step::WriteData, &self.data_path)
             .and_then(|()| write(&self.data))
             .map_err(|e| StoreError::io("write", &self.data_path, e))?;
         // Places come from the TOC: one that turned to zeros meanwhile may have named wrong ones.
         self.check_map()?;
-        let mut new = 0;
+        let (mut new, mut stored) = (0, 0);
         for ix in chunks {
-            let len = self.toc.chunk(ix)?.data.len();
+            let chunk = self.toc.chunk(ix)?;
             if self.presence.set(ix) {
-                new += len;
+                new += chunk.data.len();
+                stored += stored_len(&chunk);
             }
         }
         self.bytes_present.fetch_add(new, Ordering::Relaxed);
+        self.stored.fetch_add(stored, Ordering::Relaxed);
+        self.space.add(stored);
         self.dirty.store(true, Ordering::Release);
         Ok(new)
     }
@@ -271,11 +343,15 @@ impl Layer {
 
     fn persist_presence(&self, durable: &mut Vec<u64>) -> Result<(), StoreError> {
         // Taken before the sync: a chunk that is written during it may be set but not on the disk.
+        let present = self.bytes_present();
         let words = self.presence.snapshot();
         self.sync_data(durable)?;
         durable.clone_from(&words);
         let bytes = presence::encode(&words, self.toc.chunk_count(), &self.toc_digest);
-        durable::replace(&*self.faults, &self.dir.join("present"), &bytes)
+        durable::replace(&*self.faults, &self.dir.join("present"), &bytes)?;
+        // Counted before its marks were looked at: rather too little.
+        self.bytes_synced.store(present, Ordering::Relaxed);
+        Ok(())
     }
 
     /// Forces the data file to the disk, which has `durable` already.
@@ -285,9 +361,10 @@ impl Layer {
     fn sync_data(&self, durable: &[u64]) -> Result<(), StoreError> {
         let result = self.faults.before(Step::SyncData, &self.data_path).and_then(|()| self.data.sync_data());
         if result.is_err() {
-            for ix in self.presence.keep(durable) {
-                let len = self.toc.chunk(ix).map_or(0, |chunk| chunk.data.len());
-                self.bytes_present.fetch_sub(len, Ordering::Relaxed);
+            for chunk in self.presence.keep(durable).into_iter().filter_map(|ix| self.toc.chunk(ix).ok()) {
+                self.bytes_present.fetch_sub(chunk.data.len(), Ordering::Relaxed);
+                self.stored.fetch_sub(stored_len(&chunk), Ordering::Relaxed);
+                self.space.give_back(stored_len(&chunk));
             }
         }
         result.map_err(|e| StoreError::io("sync", &self.data_path, e))
@@ -312,6 +389,7 @@ impl Layer {
         self.sync_data(&durable)?;
         *durable = words;
         self.change_state(LayerState::Verified)?;
+        self.bytes_synced.store(self.bytes_total, Ordering::Relaxed);
         self.dirty.store(false, Ordering::Release);
         // Its work is done; left behind it would only take space.
         let _ = durable::remove_file(&self.dir.join("present"));
@@ -360,6 +438,40 @@ impl Layer {
         self.bytes_present.load(Ordering::Relaxed)
     }
 
+    /// Bytes of [`Layer::bytes_present`] that a power cut would leave: they were synced, and so was the record of them.
+    #[must_use]
+    pub fn bytes_synced(&self) -> u64 {
+        self.bytes_synced.load(Ordering::Relaxed).min(self.bytes_present())
+    }
+
+    /// Bytes of the disk that its content takes now.
+    #[must_use]
+    pub fn bytes_stored(&self) -> u64 {
+        self.stored.load(Ordering::Relaxed)
+    }
+
+    /// Notes that somebody has use for the layer.
+    pub fn note_use(&self, now: SystemTime) {
+        let now = now.duration_since(UNIX_EPOCH).unwrap_or_default().as_secs();
+        // Of no consequence for anything else.
+        self.used.fetch_max(now, Ordering::Relaxed);
+    }
+
+    /// When somebody last had use for it, to the second.
+    #[must_use]
+    pub fn last_use(&self) -> SystemTime {
+        UNIX_EPOCH + Duration::from_secs(self.used.load(Ordering::Relaxed))
+    }
+
+    /// Writes the last use down, as time of access of the data file; it need not survive a power cut.
+    ///
+    /// # Errors
+    /// Those of the disk.
+    pub fn record_use(&self) -> Result<(), StoreError> {
+        let times = fs::FileTimes::new().set_accessed(self.last_use());
+        self.data.set_times(times).map_err(|e| StoreError::io("set the times of", &self.data_path, e))
+    }
+
     /// Bytes of file content the layer has; [`Layer::bytes_present`] when it is complete.
     #[must_use]
     pub fn bytes_total(&self) -> u64 {
@@ -400,6 +512,21 @@ impl Layer {
     fn check_map(&self) -> Result<(), StoreError> {
         if self.toc_map.0.poisoned() { Err(damaged("TOC", &self.digest)) } else { Ok(()) }
     }
+}
+
+impl Drop for Layer {
+    fn drop(&mut self) {
+        // If it was removed, its data file ends with it.
+        self.space.give_back(self.bytes_stored());
+    }
+}
+
+/// Bytes of a block as `stat(2)` counts them, whatever the file system.
+const STAT_BLOCK: u64 = 512;
+
+/// Bytes of the disk that a chunk takes: whole blocks.
+fn stored_len(chunk: &Chunk) -> u64 {
+    chunk.data.len().next_multiple_of(DATA_ALIGN)
 }
 
 fn damaged(what: &'static str, layer: &Digest) -> StoreError {
@@ -464,27 +591,37 @@ fn load_presence(dir: &Path, toc: &Toc, record: &LayerRecord, data_kept: bool) -
     Presence::empty(toc.chunk_count())
 }
 
-/// Marks chunks that lie wholly in holes, which no source ever gives. Returns the bytes of file content that are present, and
-/// those that there are.
-fn measure(toc: &Toc, presence: &Presence) -> Result<(u64, u64), StoreError> {
-    let (mut present, mut total) = (0u64, 0u64);
+/// Bytes of a layer when it is opened.
+struct Measured {
+    /// Of file content that is present.
+    present: u64,
+    /// Of all file content.
+    total: u64,
+    /// Of the disk.
+    stored: u64,
+}
+
+/// Marks chunks that lie wholly in holes, which no source ever gives.
+fn measure(toc: &Toc, presence: &Presence) -> Result<Measured, StoreError> {
+    let mut measured = Measured { present: 0, total: 0, stored: 0 };
     for ix in 0..toc.content_count() {
         let content = toc.content(ix)?;
         let sparse = content.first_extent.get() != NONE;
         let mut left = content.size.get();
-        total = total.saturating_add(left);
+        measured.total = measured.total.saturating_add(left);
         let mut chunk = content.first_chunk.get();
         while left > 0 {
+            let len = left.min(CHUNK_SIZE);
             if sparse && toc.is_hole(chunk)? {
                 presence.set(chunk);
-            }
-            let len = left.min(CHUNK_SIZE);
-            if presence.has(chunk) {
-                present = present.saturating_add(len);
+                measured.present = measured.present.saturating_add(len);
+            } else if presence.has(chunk) {
+                measured.present = measured.present.saturating_add(len);
+                measured.stored = measured.stored.saturating_add(len.next_multiple_of(DATA_ALIGN));
             }
             left -= len;
             chunk = chunk.saturating_add(1);
         }
     }
-    Ok((present, total))
+    Ok(measured)
 }

@@ -7,6 +7,7 @@ mod index;
 mod layer;
 mod presence;
 mod share;
+mod space;
 mod store;
 mod views;
 
@@ -15,5 +16,6 @@ pub use error::StoreError;
 pub use index::{MAX_NUMBER, ViewKey, ViewSlot};
 pub use layer::{Layer, LayerState};
 pub use share::Shares;
+pub use space::{Claim, Refusal, Space};
 pub use store::{Store, StoreOptions};
 pub use views::ViewBytes;

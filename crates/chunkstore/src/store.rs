@@ -15,7 +15,7 @@ use redb::Database;
 
 use crate::durable::{self, Faults, NoFaults};
 use crate::index::{Index, LayerRecord};
-use crate::{Layer, LayerState, StoreError, content_keys};
+use crate::{Layer, LayerState, Space, StoreError, content_keys};
 
 /// Threads that write the tables of an image's layers.
 const WRITERS: usize = 8;
@@ -61,6 +61,9 @@ pub struct Store {
     layers: Arc<Layers>,
     /// Held by [`Store::admit`], [`Store::admit_all`] and [`Store::remove`]: they change the same directories.
     admission: Mutex<()>,
+    space: Arc<Space>,
+    /// Held by [`Store::evict`]: of two layers that take content over from each other, one at most is waited for.
+    evicting: Mutex<()>,
     /// Held while it is looked for equal contents: one look at a time needs memory and makes files of keys.
     pub(crate) comparing: Mutex<()>,
     _sync: Option<SyncThread>,
@@ -124,6 +127,8 @@ impl Store {
             faults: options.faults,
             layers,
             admission: Mutex::default(),
+            space: Arc::default(),
+            evicting: Mutex::default(),
             comparing: Mutex::default(),
             _sync: sync,
         };
@@ -150,7 +155,8 @@ impl Store {
 
     fn open_layer(&self, digest: Digest, record: LayerRecord) -> Result<Arc<Layer>, StoreError> {
         let dir = self.layer_dir(&digest);
-        Layer::open(&dir, digest, record, self.index.clone(), self.faults.clone()).map(Arc::new)
+        let (index, faults, space) = (self.index.clone(), self.faults.clone(), self.space.clone());
+        Layer::open(&dir, digest, record, index, faults, space).map(Arc::new)
     }
 
     /// Removes directories that no record names and temporary files.
@@ -352,6 +358,30 @@ impl Store {
             layer.mark_removed();
         }
         durable::remove_tree(&self.layer_dir(digest))
+    }
+
+    /// Its directory.
+    #[must_use]
+    pub fn root(&self) -> &Path {
+        &self.root
+    }
+
+    /// What its content takes of the disk, and may take.
+    #[must_use]
+    pub fn space(&self) -> &Space {
+        &self.space
+    }
+
+    /// Gives up content of a layer until `wanted` bytes of disk space are free or nothing of it is left; gives the bytes that
+    /// are free now. What is given up is missing from then on, and a verified layer is lazy: the caller has seen to it that
+    /// there are sources. Reads that are under way get their bytes; until the end of the eviction nothing of the layer is
+    /// stored. Blocks.
+    ///
+    /// # Errors
+    /// Those of disk and database; then nothing is given up, or it is and its space is not free yet.
+    pub fn evict(&self, layer: &Layer, wanted: u64) -> Result<u64, StoreError> {
+        let _one_at_a_time = self.evicting.lock().unwrap_or_else(PoisonError::into_inner);
+        layer.evict(wanted)
     }
 
     /// Syncs every layer that was written to, as before an orderly end.

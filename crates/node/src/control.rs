@@ -4,7 +4,7 @@ use std::collections::BTreeMap;
 use std::sync::Arc;
 use std::sync::atomic::{AtomicBool, Ordering};
 
-use millstream_chunkstore::{Layer, LayerState};
+use millstream_chunkstore::{Layer, LayerState, Refusal};
 use millstream_oci::{Digest, ImageRef};
 use millstream_source::{ErrorKind, SourceError, names};
 use millstream_wire::millstream::v1 as wire;
@@ -28,13 +28,14 @@ pub struct Control {
     images: Arc<NodeImages>,
     garbage: Garbage,
     hydration: AtomicBool,
+    quota: u64,
 }
 
 impl Control {
-    /// `hydration` is how the fetcher was configured.
+    /// `hydration` is how the fetcher was configured, `quota` what the store may take (bytes; 0: no quota).
     #[must_use]
-    pub fn new(images: Arc<NodeImages>, garbage: Garbage, hydration: bool) -> Self {
-        Self { images, garbage, hydration: AtomicBool::new(hydration) }
+    pub fn new(images: Arc<NodeImages>, garbage: Garbage, hydration: bool, quota: u64) -> Self {
+        Self { images, garbage, hydration: AtomicBool::new(hydration), quota }
     }
 
     fn layer_status(&self, layer: &Layer, images: Vec<String>) -> wire::LayerStatus {
@@ -52,6 +53,7 @@ impl Control {
             state: state.into(),
             bytes_total: layer.bytes_total(),
             bytes_present: layer.bytes_present(),
+            bytes_synced: layer.bytes_synced(),
             images,
             reason,
         }
@@ -60,11 +62,15 @@ impl Control {
 
 #[tonic::async_trait]
 impl Node for Control {
-    type IndexImageStream = millstream_server::ImportStream;
+    type IndexImageStream = crate::embedded::Indexing;
 
     async fn status(&self, _request: Request<wire::StatusRequest>) -> Result<Response<wire::StatusResponse>, Status> {
         let mut images: BTreeMap<Digest, Vec<String>> = BTreeMap::new();
-        for (_, record) in self.images.catalog.images().map_err(internal)? {
+        // A database that failed is named by `trouble`; it hides no layer.
+        let database = self.images.catalog.images();
+        let failing = database.as_ref().err().map(|_| Refusal::Failing);
+        let space = self.images.store.space();
+        for (_, record) in database.unwrap_or_default() {
             for layer in &record.layers {
                 let names = images.entry(layer.digest).or_default();
                 if !names.contains(&record.image) {
@@ -84,7 +90,14 @@ impl Node for Control {
         }));
         let counters = self.images.fetcher.counters();
         Ok(Response::new(wire::StatusResponse {
-            streaming_enabled: self.images.catalog.streaming().map_err(internal)?,
+            streaming_enabled: self.images.catalog.streaming().unwrap_or(false),
+            store: Some(wire::Store {
+                used_bytes: space.used(),
+                limit_bytes: space.used().saturating_add(space.free()),
+                quota_bytes: self.quota,
+                evicted_bytes: space.evicted(),
+                trouble: space.trouble().or(failing).map_or("", Refusal::code).to_owned(),
+            }),
             hydration_enabled: self.hydration.load(Ordering::Relaxed),
             layers,
             transfer: Some(wire::Transfer {

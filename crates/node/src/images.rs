@@ -8,16 +8,19 @@ use std::time::{Duration, Instant, SystemTime, UNIX_EPOCH};
 
 use async_trait::async_trait;
 use millstream_chunkstore::{Layer, LayerState, Store};
+use millstream_layerfs::{Contradiction, ViewLayer, contradiction};
 use millstream_oci::{ChainId, Digest, ManifestDigest};
 use millstream_prefetch::{FetchEvents, Fetcher};
 use millstream_snapshots::{
     ImageDecision, LazyImages, PrepareOutcome, PrepareRequest, Reason, Usage, ViewFailure, outcome,
 };
-use millstream_source::{SourceError, names};
+use millstream_source::{ErrorKind, SourceError, names};
+use rustix::fs::StatVfsMountFlags;
 use tokio::sync::OnceCell;
 use tracing::{error, info, warn};
 
 use crate::catalog::{Catalog, Decision, ImageRecord, LayerRecord};
+use crate::embedded::Embedded;
 use crate::labels::{Wanted, image_name};
 use crate::lookup::Lookup;
 use crate::metrics::NodeMetrics;
@@ -41,6 +44,9 @@ const MAX_PLANS: usize = 256;
 /// Part of a decision's time that may go into finding out which image is meant.
 const LOOKUP: f32 = 0.3;
 
+/// Bytes that must be free on the disk for new lazy layers: for tables, views and records.
+const METADATA_ROOM: u64 = 16 << 20;
+
 /// Code of a layer that was given back while a decision said lazy.
 const RELEASED: &str = "node.released";
 
@@ -55,6 +61,8 @@ struct Plan {
 struct Slot {
     made: Instant,
     used: Instant,
+    /// Images that the embedded server had indexed before.
+    indexed: u64,
     plan: Arc<OnceCell<Arc<Plan>>>,
 }
 
@@ -114,11 +122,13 @@ impl NodeImages {
     /// them. `until` is when the caller stops waiting.
     async fn plan(self: &Arc<Self>, wanted: &Wanted, bottom: bool, until: Instant) -> Arc<Plan> {
         let key = (wanted.image.name(), wanted.manifest);
+        let indexed = self.origins.embedded.as_ref().map_or(0, Embedded::indexed);
         let cell = {
             let now = Instant::now();
             let mut plans = self.plans.lock().unwrap_or_else(PoisonError::into_inner);
             plans.retain(|_, slot| {
-                now.duration_since(slot.used) < PLAN_LIFE && now.duration_since(slot.made) < PLAN_AGE
+                let fresh = now.duration_since(slot.used) < PLAN_LIFE && now.duration_since(slot.made) < PLAN_AGE;
+                fresh && slot.indexed == indexed
             });
             if bottom && plans.get(&key).is_some_and(|slot| now.duration_since(slot.made) >= PLAN_SHARED) {
                 plans.remove(&key);
@@ -126,7 +136,7 @@ impl NodeImages {
             if plans.len() >= MAX_PLANS {
                 plans.clear();
             }
-            let slot = plans.entry(key).or_insert_with(|| Slot { made: now, used: now, plan: Arc::default() });
+            let slot = plans.entry(key).or_insert_with(|| Slot { made: now, used: now, indexed, plan: Arc::default() });
             slot.used = now;
             Arc::clone(&slot.plan)
         };
@@ -271,12 +281,17 @@ impl NodeImages {
         let _guard = self.admission.lock().await;
         let (this, name, described) = (Arc::clone(self), wanted.image.name(), record.clone());
         let admitted = tokio::task::spawn_blocking(move || this.admit(&name, &described, lazy, &tocs)).await??;
-        let admitted = match admitted {
+        let (admitted, stop) = match admitted {
             Ok(admitted) => admitted,
             Err(mismatch) => return Ok(Plan { decision: ImageDecision::Deferred(mismatch), record }),
         };
+        let decision = match stop {
+            Some(reason) => ImageDecision::Lazy { lazy: admitted.len(), rest: Some(reason) },
+            None => decision,
+        };
         let sources = origin.sources();
         for layer in admitted {
+            layer.note_use(SystemTime::now());
             if layer.state() == LayerState::Lazy {
                 let digest = layer.digest();
                 self.fetcher.attach(layer, sources.clone());
@@ -286,15 +301,15 @@ impl NodeImages {
         Ok(Plan { decision, record })
     }
 
-    /// Takes tables into the store and remembers the image. Gives those of its first `lazy` layers that are there, or why the
-    /// tables are not those of the image. Blocks; the caller holds `admission`.
+    /// Takes tables into the store and remembers the image. Gives those of its first `lazy` layers that are there and, if that
+    /// ends before the last of them, why; or why the tables are not those of the image. Blocks; the caller holds `admission`.
     fn admit(
         &self,
         name: &str,
         record: &ImageRecord,
         lazy: usize,
         tocs: &[Vec<u8>],
-    ) -> anyhow::Result<Result<Vec<Arc<Layer>>, Reason>> {
+    ) -> anyhow::Result<Result<(Vec<Arc<Layer>>, Option<Reason>), Reason>> {
         self.remove_dying()?;
         self.store.admit_all(tocs)?;
         let mut admitted = Vec::new();
@@ -306,8 +321,17 @@ impl NodeImages {
             }
             admitted.push(layer);
         }
+        let stop = impossible(&admitted)?.map(|found| {
+            admitted.truncate(found.layer);
+            let (layer, layers, path) = (found.layer + 1, record.layers.len(), String::from_utf8_lossy(&found.path));
+            let text = format!(
+                "layer {layer} of {layers} cannot be lazy: it has something in the directory {path}, and a layer below has no \
+                 directory on the way there; containerd will not unpack it either"
+            );
+            Reason::new("image.not-eligible", text)
+        });
         self.catalog.put_image(name, record)?;
-        Ok(Ok(admitted))
+        Ok(Ok((admitted, stop)))
     }
 
     /// Removes the layers that were given back. Blocks; the caller holds `admission`.
@@ -398,6 +422,42 @@ impl NodeImages {
         Ok(())
     }
 
+    /// Sees to it that the fetcher has sources of a layer, also of one that was wholly local. Blocks, and must not be called on
+    /// a thread of the runtime: a credential helper may take seconds.
+    ///
+    /// # Errors
+    /// When no image is known that has the layer, or its credential cannot be had.
+    pub fn supply(&self, layer: &Arc<Layer>) -> Result<(), SourceError> {
+        let digest = layer.digest();
+        if self.fetcher.is_attached(&digest) {
+            return Ok(());
+        }
+        let local = |error: anyhow::Error| SourceError::new(ErrorKind::Local, format!("{error:#}"));
+        let mut last = SourceError::new(ErrorKind::NotFound, format!("no image is known that has layer {digest}"));
+        let known = self.catalog.images().map_err(local)?.into_iter().map(|(_, record)| record);
+        for record in known.filter(|record| record.layers.iter().any(|layer| layer.digest == digest)) {
+            let image = record.image.parse().map_err(|error: millstream_oci::ReferenceError| local(error.into()));
+            match image.and_then(|image| self.origins.of(&image, record.manifest)) {
+                Ok(origin) => {
+                    self.fetcher.attach(Arc::clone(layer), origin.sources());
+                    return Ok(());
+                }
+                Err(error) => last = error,
+            }
+        }
+        Err(last)
+    }
+
+    /// Somebody is about to use these layers. What was given up of them comes back, as far as there is room.
+    fn note_use(&self, layers: &[Digest]) {
+        for layer in layers.iter().filter_map(|digest| self.store.layer(digest)) {
+            layer.note_use(SystemTime::now());
+            if layer.state() == LayerState::Lazy && self.fetcher.is_attached(&layer.digest()) {
+                self.fetcher.hydrate(&layer.digest());
+            }
+        }
+    }
+
     async fn decide_wanted(self: Arc<Self>, request: PrepareRequest) -> PrepareOutcome {
         let until = Instant::now() + self.deadline;
         let streaming = match self.catalog.streaming() {
@@ -405,6 +465,9 @@ impl NodeImages {
             Err(error) => return failed(&error),
         };
         if let Some(reason) = outcome::precondition(streaming, None) {
+            return PrepareOutcome::Deferred { reason };
+        }
+        if let Some(reason) = self.no_room() {
             return PrepareOutcome::Deferred { reason };
         }
         let candidates = match self.candidates(&request).await {
@@ -435,6 +498,19 @@ impl NodeImages {
             first.get_or_insert(outcome);
         }
         first.unwrap_or_else(|| PrepareOutcome::deferred("labels.missing", "no image has this layer"))
+    }
+
+    /// Why nothing new can be taken in: tables and records need room on the disk. What is here is served all the same.
+    fn no_room(&self) -> Option<Reason> {
+        let root = self.store.root();
+        let disk = rustix::fs::statvfs(root).ok()?;
+        let free = disk.f_bavail.saturating_mul(disk.f_frsize);
+        let text = match (disk.f_flag.contains(StatVfsMountFlags::RDONLY), free < METADATA_ROOM) {
+            (true, _) => format!("{} is mounted read-only; hint: see the kernel's log", root.display()),
+            (_, true) => format!("only {free} bytes are free on the disk with {}; hint: make room", root.display()),
+            _ => return None,
+        };
+        Some(Reason::new("node.no-room", text))
     }
 
     /// Remembers what a request is taken for, for the name of its decision.
@@ -549,6 +625,12 @@ fn record_decisions(catalog: Catalog) -> SyncSender<Decision> {
 /// Layers whose TOCs the server is told to leave out, at most.
 const MAX_KNOWN_LAYERS: usize = 1000;
 
+/// What makes a layer one that containerd could not unpack over those below it.
+fn impossible(layers: &[Arc<Layer>]) -> anyhow::Result<Option<Contradiction>> {
+    let layer = |layer: &Arc<Layer>| ViewLayer { number: layer.number(), toc: Arc::clone(layer.toc()) };
+    Ok(contradiction(&layers.iter().map(layer).collect::<Vec<_>>())?)
+}
+
 fn none(wanted: &Wanted) -> ImageRecord {
     ImageRecord { image: wanted.image.to_string(), manifest: wanted.manifest, layers: Vec::new() }
 }
@@ -583,6 +665,7 @@ impl LazyImages for SharedImages {
     }
 
     async fn view(&self, run: &[Digest], below: &[PathBuf]) -> Result<PathBuf, ViewFailure> {
+        self.0.note_use(run);
         self.0.views.path(run, below).await.map_err(|error| {
             let message = format!("{error:#}");
             error!({ names::CODE } = "view.failed", error = message, "layers cannot be shown");

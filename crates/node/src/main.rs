@@ -5,7 +5,7 @@ use std::path::Path;
 use anyhow::{Context, anyhow};
 use clap::Parser;
 use millstream_node::program::read_settings;
-use millstream_node::{supervisor, upgrade, worker};
+use millstream_node::{service, supervisor, upgrade, worker};
 use millstream_settings::arguments::{NodeArguments, NodeCommand};
 use millstream_settings::node::Settings;
 use millstream_settings::{LogFormat, LogSettings};
@@ -38,6 +38,7 @@ fn run() -> anyhow::Result<()> {
         Some(NodeCommand::Upgrade { binary }) => println!("{}", upgrade::ask(&settings, binary.as_deref())?),
         _ => {
             start_logging(&settings.log)?;
+            restrict_new_files();
             supervisor::run(&settings, &text, config)?;
         }
     }
@@ -49,6 +50,8 @@ fn work() -> anyhow::Result<()> {
     let _ = rustix::thread::set_name(c"millstreamd");
     let (inherited, settings) = worker::Inheritance::take()?;
     start_logging(&settings.log)?;
+    service::offer_worker();
+    restrict_new_files();
     rustls::crypto::ring::default_provider()
         .install_default()
         .map_err(|_| anyhow!("a TLS provider is installed already"))?;
@@ -58,6 +61,11 @@ fn work() -> anyhow::Result<()> {
     // next worker, or end with the mount.
     std::mem::forget(runtime);
     result
+}
+
+/// What libraries make below the root, the database first of all, is for nobody else.
+fn restrict_new_files() {
+    rustix::process::umask(rustix::fs::Mode::from_raw_mode(0o077));
 }
 
 fn start_logging(settings: &LogSettings) -> anyhow::Result<()> {

@@ -58,7 +58,7 @@ impl Program {
     pub fn command(&self) -> Command {
         // The child has other descriptors at these numbers by the time it becomes the program; ours stay.
         let mut command = Command::new(format!("/proc/{}/fd/{}", std::process::id(), self.file.as_raw_fd()));
-        command.arg0("millstreamd");
+        command.arg0("millstreamd").env_remove("NOTIFY_SOCKET");
         command
     }
 }

@@ -21,6 +21,7 @@ use rustix::process::Signal;
 use tracing::{info, warn};
 
 use crate::program::{Program, Version};
+use crate::service;
 use crate::upgrade::Requests;
 use crate::workers::{Kept, Workers};
 
@@ -36,6 +37,7 @@ pub fn mountpoint(settings: &Settings) -> PathBuf {
 /// When another instance owns the root directory, mounting or binding fails, or no worker can work with these settings.
 pub fn run(settings: &Settings, text: &str, config: Option<&Path>) -> anyhow::Result<()> {
     let signals = Signals::block(&[Signal::TERM, Signal::INT, Signal::CHILD, Signal::HUP].map(Signal::as_raw))?;
+    service::spare_supervisor();
     make_private_dir(&settings.root)?;
     let _lock = lock(&settings.root)?;
     let mountpoint = mountpoint(settings);

@@ -1,5 +1,7 @@
 //! The process that does the work; it may die at any time and is started again by the supervisor.
 
+use std::io;
+use std::os::unix::fs::OpenOptionsExt;
 use std::os::unix::net::UnixListener;
 use std::path::Path;
 use std::sync::Arc;
@@ -39,6 +41,7 @@ use crate::lookup::Lookup;
 use crate::metrics::NodeMetrics;
 use crate::origin::Origins;
 use crate::page;
+use crate::quota::{Keeper, Limits};
 use crate::server_client::Server;
 use crate::supervisor::mountpoint;
 use crate::views::Views;
@@ -132,8 +135,8 @@ async fn work(settings: &Settings, inherited: Inheritance) -> anyhow::Result<()>
     let db = Arc::new(Database::create(settings.root.join("state.redb")).context("opening the database")?);
 
     // world
-    let store =
-        Arc::new(Store::open(&settings.root, Arc::clone(&db), StoreOptions::default()).context("opening the store")?);
+    let options = StoreOptions { sync_interval: settings.store.sync_interval, ..StoreOptions::default() };
+    let store = Arc::new(Store::open(&settings.root, Arc::clone(&db), options).context("opening the store")?);
     let containerd = &settings.containerd.address;
     let containerd = (!containerd.as_os_str().is_empty()).then(|| Containerd::new(ContainerdOptions::new(containerd)));
     let lookup = containerd.clone().map(|containerd| Lookup::new(containerd, settings.registry.hosts_dir.clone()));
@@ -183,7 +186,7 @@ async fn work(settings: &Settings, inherited: Inheritance) -> anyhow::Result<()>
 
     // the kernel's side, then containerd's
     let (resumed, whether_resumed) = watch::channel(false);
-    let content = Arc::new(NodeContent::new(Arc::clone(&store), fetcher, whether_resumed, metrics.clone()));
+    let content = Arc::new(NodeContent::new(Arc::clone(&images), whether_resumed, metrics.clone()));
     let adapter = Adapter::new(layerfs, content, tokio::runtime::Handle::current(), inherited.journal.clone());
     // Now that it is certain that this program can work with the state.
     format::note(&settings.root)?;
@@ -213,7 +216,9 @@ async fn work(settings: &Settings, inherited: Inheritance) -> anyhow::Result<()>
     }
     let garbage = Garbage::new(snapshots.clone(), Arc::clone(&images));
     tokio::spawn(garbage.clone().give_back_again_and_again());
-    let control = Control::new(images, garbage, settings.fetch.hydration);
+    let keeper = Keeper::new(limits(settings), settings.root.clone(), snapshots.clone(), Arc::clone(&images));
+    tokio::spawn(keeper.keep());
+    let control = Control::new(images, garbage, settings.fetch.hydration, settings.store.quota);
     let result = tokio::select! {
         result = serve(inherited.listener, SnapshotService::new(snapshots), control, session) => result,
         error = database_failed(&db, &settings.root) => Err(error),
@@ -223,6 +228,17 @@ async fn work(settings: &Settings, inherited: Inheritance) -> anyhow::Result<()>
         warn!(%error, "not everything is synced; it is fetched again after the next start");
     }
     result
+}
+
+fn limits(settings: &Settings) -> Limits {
+    let store = &settings.store;
+    Limits {
+        quota: store.quota,
+        high_water: store.high_water,
+        low_water: store.low_water,
+        reserve: store.reserve,
+        evict_used: store.evict_used,
+    }
 }
 
 /// The server in this process, for a node that is told of no other. Where its place on the disk cannot be used, the node works
@@ -276,11 +292,26 @@ async fn database_failed(db: &Database, root: &Path) -> anyhow::Error {
             );
             told = true;
         }
-        match rustix::fs::statvfs(root) {
-            Ok(disk) if disk.f_bavail.saturating_mul(disk.f_frsize) < DATABASE_ROOM => {}
-            _ => return anyhow::anyhow!("the database failed and has to be opened again"),
+        if can_be_written(root) {
+            return anyhow::anyhow!("the database failed and has to be opened again");
         }
     }
+}
+
+/// Whether the disk has room again, can be written and keeps what is written: else the next worker could not open the database
+/// either, and nobody would serve what is here.
+fn can_be_written(root: &Path) -> bool {
+    let room = rustix::fs::statvfs(root).is_ok_and(|disk| disk.f_bavail.saturating_mul(disk.f_frsize) >= DATABASE_ROOM);
+    let probe = root.join("probe.tmp");
+    let written = || -> io::Result<()> {
+        let mut file = std::fs::OpenOptions::new().write(true).create(true).truncate(true).mode(0o600).open(&probe)?;
+        io::Write::write_all(&mut file, &[0; 4096])?;
+        file.sync_all()
+    };
+    let result = room && written().is_ok();
+    // Left behind it would be overwritten the next time.
+    let _ = std::fs::remove_file(&probe);
+    result
 }
 
 async fn serve(

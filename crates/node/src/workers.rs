@@ -21,6 +21,7 @@ use tracing::{error, info, warn};
 
 use crate::line::{Line, PROTOCOL, Report, Start};
 use crate::program::{Program, Version, read_settings};
+use crate::service;
 use crate::upgrade::Requests;
 
 /// First pause before a worker that died is started again; doubled with every death, reset after [`GOOD_LIFE`].
@@ -188,7 +189,11 @@ impl<'a> Workers<'a> {
             reached = self.take_over(&mut worker, patience)?;
         }
         match reached {
-            Ok(()) => self.watch(&mut worker),
+            Ok(()) => {
+                // Again after each death, which does no harm.
+                service::is_ready();
+                self.watch(&mut worker)
+            }
             Err(Obstacle::Asked) => {
                 self.stop(&mut worker, WORKER_PATIENCE)?;
                 Ok(Ended::Asked)

@@ -166,7 +166,10 @@ fn judge(layer: &Layer, skeleton: &[u8], budget: Budget) -> Result<(), String> {
     let text = |error: io::Error| format!("skeleton: {error}");
     let mut decoder = zstd::stream::read::Decoder::with_buffer(skeleton).map_err(text)?;
     decoder.window_log_max(WINDOW_LOG_MAX).map_err(text)?;
-    let content = |range, out: &mut [u8]| layer.read(range, out).map_err(local);
+    let content = |range, out: &mut [u8]| match layer.read(range, out).map_err(local)?.is_empty() {
+        true => Ok(()),
+        false => Err(io::Error::other("content was given up meanwhile")),
+    };
     let tar = Reassembled::new(toc, decoder, content).map_err(|e| e.to_string())?;
     let mut options = BuildOptions::new(Compression::Plain);
     options.budget = budget;

@@ -103,6 +103,30 @@ impl Metadata {
         Ok(chain)
     }
 
+    /// Lazy layers below active snapshots and views.
+    pub(crate) fn held(&self) -> Result<HashSet<Digest>, Error> {
+        let records = self.records()?;
+        let mut held = HashSet::new();
+        let mut seen: HashSet<String> = HashSet::new();
+        for entry in records.iter().map_err(database)? {
+            let (name, value) = entry.map_err(database)?;
+            // What cannot be read is shown as damaged elsewhere; nothing is known of its layers.
+            let Ok(record) = Record::decode(name.value(), value.value()) else { continue };
+            if record.kind == Kind::Committed {
+                continue;
+            }
+            let mut next = record.parent;
+            while !next.is_empty() && seen.insert(next.clone()) {
+                let Ok(Some(record)) = read(&records, &next) else { break };
+                if let Backing::Lazy(layer) = record.backing {
+                    held.insert(layer);
+                }
+                next = record.parent;
+            }
+        }
+        Ok(held)
+    }
+
     /// Makes an active snapshot or a view. `prepare` is called with its number before anything is recorded; when it
     /// fails, nothing is.
     pub(crate) fn create(&self, new: New, prepare: impl FnOnce(u64) -> Result<(), Error>) -> Result<Record, Error> {

@@ -140,6 +140,14 @@ impl Snapshots {
         self.0.metadata.layers()
     }
 
+    /// Those of them that containers stand on: they are below an active snapshot or a view. Blocks shortly.
+    ///
+    /// # Errors
+    /// When the database fails.
+    pub fn held_layers(&self) -> Result<HashSet<Digest>, Error> {
+        self.0.metadata.held()
+    }
+
     /// Makes the active snapshot `key` on `parent` (empty for none), or, when `labels` offer to skip a layer and that is
     /// possible, a committed snapshot of that layer.
     ///

@@ -47,6 +47,8 @@ pub struct NodeOptions {
     pub hydration: bool,
     /// How long a read may wait for its bytes.
     pub read_deadline: Duration,
+    /// Further tables of the settings, as they stand in the file.
+    pub more: String,
 }
 
 impl NodeOptions {
@@ -60,6 +62,7 @@ impl NodeOptions {
             containerd: None,
             hydration: true,
             read_deadline: Duration::from_secs(60),
+            more: String::new(),
         }
     }
 }
@@ -202,6 +205,27 @@ impl Node {
     /// If it does not end.
     pub fn crash(&mut self) -> Result<()> {
         self.process.take().map_or(Ok(()), Process::crash)
+    }
+
+    /// SIGKILL to the supervisor and its workers at once, as when the machine fails.
+    ///
+    /// # Errors
+    ///
+    /// If they do not end.
+    pub fn crash_wholly(&mut self) -> Result<()> {
+        let workers = self.workers();
+        self.crash()?;
+        eventually("the end of the workers", READY, || {
+            for pid in workers.iter().filter_map(|pid| rustix::process::Pid::from_raw(*pid)) {
+                // It ends by itself when its supervisor does.
+                rustix::process::kill_process(pid, rustix::process::Signal::KILL).ok();
+            }
+            let ended = |pid: &i32| {
+                let stat = std::fs::read_to_string(format!("/proc/{pid}/stat")).unwrap_or_default();
+                stat.is_empty() || stat.contains(") Z ")
+            };
+            workers.iter().all(ended).then_some(())
+        })
     }
 
     /// Asks it to end.
@@ -388,6 +412,7 @@ fn node_settings(dir: &Path, options: &NodeOptions) -> Result<String> {
     let deadline = options.read_deadline.as_millis();
     writeln!(text, "\n[fetch]\nhydration = {}\nread_deadline = \"{deadline}ms\"", options.hydration)?;
     text.push_str("\n[log]\nlevel = \"debug,h2=info,hyper=info,tonic=info,tower=info\"\n");
+    text.push_str(&options.more);
     Ok(text)
 }
 

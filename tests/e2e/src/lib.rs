@@ -2,11 +2,13 @@
 #![doc = include_str!("../README.md")]
 
 pub mod busy;
+pub mod caller;
 pub mod containerd;
 pub mod cri;
 pub mod daemons;
 pub mod debian;
 pub mod delay;
+pub mod disk;
 pub mod image;
 pub mod installation;
 pub mod layer;
