@@ -20,6 +20,7 @@ use tokio::runtime::Handle;
 use tracing::{Instrument, debug, debug_span, info, warn};
 
 use crate::errno;
+use crate::journal::{Begun, Entry, Journal, Operation};
 
 /// Images never change, so the kernel may keep what it was told. (The kernel counts in jiffies and caps what is too long.)
 const FOR_EVER: Duration = Duration::from_secs(100 * 365 * 24 * 3600);
@@ -32,6 +33,9 @@ pub const MAX_READ: u32 = 1024 * 1024;
 const MAX_READAHEAD: u32 = 128 * 1024;
 /// Background requests (read-ahead) that the kernel may have under way at once.
 const MAX_BACKGROUND: u16 = 64;
+/// Bytes of a listing that is asked for again: what is noted of the request does not say how many the kernel has room for, and
+/// it has room for a page at least.
+const DIRECTORY: u32 = 4096;
 /// What `stat(2)` names as the preferred size of reads, in bytes.
 const BLOCK_SIZE: u32 = 4096;
 
@@ -72,6 +76,10 @@ pub trait Content: Send + Sync + 'static {
 
     /// The bytes, fetched as far as needed. Ends within a bound of the implementation's own.
     fn read_remote(&self, request: ReadRequest) -> Later<Result<Vec<u8>, ContentError>>;
+
+    /// A request about `node` was in flight at two deaths running. It is answered with an error; what it is about had better
+    /// not be touched again.
+    fn took_workers_along(&self, node: NodeId, operation: Operation);
 }
 
 /// Kernel requests, answered from a [`LayerFs`] and a [`Content`].
@@ -79,6 +87,18 @@ pub struct Adapter<C> {
     fs: Arc<LayerFs>,
     content: Arc<C>,
     runtime: Handle,
+    journal: Option<Arc<Journal>>,
+}
+
+impl<C> Clone for Adapter<C> {
+    fn clone(&self) -> Self {
+        Self {
+            fs: Arc::clone(&self.fs),
+            content: Arc::clone(&self.content),
+            runtime: self.runtime.clone(),
+            journal: self.journal.clone(),
+        }
+    }
 }
 
 impl<C> std::fmt::Debug for Adapter<C> {
@@ -88,9 +108,23 @@ impl<C> std::fmt::Debug for Adapter<C> {
 }
 
 impl<C: Content> Adapter<C> {
-    /// Answers of reads that wait for other sources run on `runtime`.
-    pub fn new(fs: Arc<LayerFs>, content: Arc<C>, runtime: Handle) -> Self {
-        Self { fs, content, runtime }
+    /// Answers of reads that wait for other sources run on `runtime`. What is being worked on is noted in `journal`; without
+    /// one, a death on an old kernel leaves programs waiting, and a request that kills each worker goes on doing so.
+    pub fn new(fs: Arc<LayerFs>, content: Arc<C>, runtime: Handle, journal: Option<Arc<Journal>>) -> Self {
+        Self { fs, content, runtime, journal }
+    }
+
+    /// To be called before the work on a request begins, and kept until it is answered. `None`: it is not to be worked on.
+    fn begin(&self, request: &Request, operation: Operation, about: (INodeNo, u64, u32), name: &[u8]) -> Option<Entry> {
+        let Some(journal) = &self.journal else { return Some(Entry::none()) };
+        let (INodeNo(node), offset, size) = about;
+        match journal.begin(request.unique().0, operation as u32, (node, offset, size), name) {
+            Begun::Serve(entry) => Some(entry),
+            Begun::Refuse => {
+                self.content.took_workers_along(NodeId::from_raw(node), operation);
+                None
+            }
+        }
     }
 
     fn request(&self, node: NodeId, offset: u64, size: u32) -> Result<Option<ReadRequest>, FsError> {
@@ -127,7 +161,10 @@ impl<C: Content> Filesystem for Adapter<C> {
         Ok(())
     }
 
-    fn lookup(&self, _request: &Request, parent: INodeNo, name: &OsStr, reply: ReplyEntry) {
+    fn lookup(&self, request: &Request, parent: INodeNo, name: &OsStr, reply: ReplyEntry) {
+        let Some(_entry) = self.begin(request, Operation::LookUp, (parent, 0, 0), name.as_bytes()) else {
+            return reply.error(Errno::EIO);
+        };
         let parent = NodeId::from_raw(parent.0);
         let ttl = if parent == NodeId::ROOT { NOT_AT_ALL } else { FOR_EVER };
         match self.fs.lookup(parent, name.as_bytes()) {
@@ -138,7 +175,10 @@ impl<C: Content> Filesystem for Adapter<C> {
         }
     }
 
-    fn getattr(&self, _request: &Request, ino: INodeNo, _fh: Option<FileHandle>, reply: ReplyAttr) {
+    fn getattr(&self, request: &Request, ino: INodeNo, _fh: Option<FileHandle>, reply: ReplyAttr) {
+        let Some(_entry) = self.begin(request, Operation::GetAttr, (ino, 0, 0), b"") else {
+            return reply.error(Errno::EIO);
+        };
         let node = NodeId::from_raw(ino.0);
         match self.fs.attr(node) {
             Ok(attr) => reply.attr(if node == NodeId::ROOT { &NOT_AT_ALL } else { &FOR_EVER }, &file_attr(&attr)),
@@ -146,7 +186,10 @@ impl<C: Content> Filesystem for Adapter<C> {
         }
     }
 
-    fn readlink(&self, _request: &Request, ino: INodeNo, reply: ReplyData) {
+    fn readlink(&self, request: &Request, ino: INodeNo, reply: ReplyData) {
+        let Some(_entry) = self.begin(request, Operation::ReadLink, (ino, 0, 0), b"") else {
+            return reply.error(Errno::EIO);
+        };
         let node = NodeId::from_raw(ino.0);
         match self.fs.read_link(node) {
             Ok(target) => reply.data(&target),
@@ -154,14 +197,17 @@ impl<C: Content> Filesystem for Adapter<C> {
         }
     }
 
-    fn open(&self, _request: &Request, _ino: INodeNo, _flags: OpenFlags, reply: ReplyOpen) {
+    fn open(&self, request: &Request, ino: INodeNo, _flags: OpenFlags, reply: ReplyOpen) {
+        let Some(_entry) = self.begin(request, Operation::Open, (ino, 0, 0), b"") else {
+            return reply.error(Errno::EIO);
+        };
         // The mount is read-only: the kernel has refused every open for writing already.
         reply.opened(FileHandle(0), FopenFlags::FOPEN_KEEP_CACHE | FopenFlags::FOPEN_NOFLUSH);
     }
 
     fn read(
         &self,
-        _request: &Request,
+        request: &Request,
         ino: INodeNo,
         _fh: FileHandle,
         offset: u64,
@@ -170,6 +216,9 @@ impl<C: Content> Filesystem for Adapter<C> {
         _lock_owner: Option<LockOwner>,
         reply: ReplyData,
     ) {
+        let Some(entry) = self.begin(request, Operation::Read, (ino, offset, size), b"") else {
+            return reply.error(Errno::EIO);
+        };
         let node = NodeId::from_raw(ino.0);
         let request = match self.request(node, offset, size) {
             Ok(Some(request)) => request,
@@ -187,6 +236,7 @@ impl<C: Content> Filesystem for Adapter<C> {
                         Ok(bytes) => reply.data(&bytes),
                         Err(error) => reply.error(errno::of_content(&error)),
                     }
+                    drop(entry);
                 };
                 self.runtime.spawn(answer.instrument(span));
             }
@@ -194,13 +244,19 @@ impl<C: Content> Filesystem for Adapter<C> {
         }
     }
 
-    fn opendir(&self, _request: &Request, ino: INodeNo, _flags: OpenFlags, reply: ReplyOpen) {
+    fn opendir(&self, request: &Request, ino: INodeNo, _flags: OpenFlags, reply: ReplyOpen) {
+        let Some(_entry) = self.begin(request, Operation::OpenDir, (ino, 0, 0), b"") else {
+            return reply.error(Errno::EIO);
+        };
         let cache = FopenFlags::FOPEN_CACHE_DIR | FopenFlags::FOPEN_KEEP_CACHE;
         let flags = if NodeId::from_raw(ino.0) == NodeId::ROOT { FopenFlags::empty() } else { cache };
         reply.opened(FileHandle(0), flags);
     }
 
-    fn readdir(&self, _request: &Request, ino: INodeNo, _fh: FileHandle, offset: u64, mut reply: ReplyDirectory) {
+    fn readdir(&self, request: &Request, ino: INodeNo, _fh: FileHandle, offset: u64, mut reply: ReplyDirectory) {
+        let Some(_entry) = self.begin(request, Operation::ReadDir, (ino, offset, DIRECTORY), b"") else {
+            return reply.error(Errno::EIO);
+        };
         let node = NodeId::from_raw(ino.0);
         let result = self.fs.read_dir(node, offset, &mut |entry| {
             reply.add(
@@ -218,12 +274,15 @@ impl<C: Content> Filesystem for Adapter<C> {
 
     fn readdirplus(
         &self,
-        _request: &Request,
+        request: &Request,
         ino: INodeNo,
         _fh: FileHandle,
         offset: u64,
         mut reply: ReplyDirectoryPlus,
     ) {
+        let Some(_entry) = self.begin(request, Operation::ReadDirPlus, (ino, offset, DIRECTORY), b"") else {
+            return reply.error(Errno::EIO);
+        };
         let node = NodeId::from_raw(ino.0);
         let ttl = if node == NodeId::ROOT { NOT_AT_ALL } else { FOR_EVER };
         let mut failed = None;
@@ -243,12 +302,43 @@ impl<C: Content> Filesystem for Adapter<C> {
         }
     }
 
-    fn statfs(&self, _request: &Request, _ino: INodeNo, reply: ReplyStatfs) {
+    fn release(
+        &self,
+        request: &Request,
+        ino: INodeNo,
+        _fh: FileHandle,
+        _flags: OpenFlags,
+        _lock_owner: Option<LockOwner>,
+        _flush: bool,
+        reply: ReplyEmpty,
+    ) {
+        // Nothing is kept for a handle. Noted all the same: a release that is never answered holds one of the requests that the
+        // kernel may have under way in the background.
+        let Some(_entry) = self.begin(request, Operation::Release, (ino, 0, 0), b"") else {
+            return reply.error(Errno::EIO);
+        };
+        reply.ok();
+    }
+
+    fn releasedir(&self, request: &Request, ino: INodeNo, _fh: FileHandle, _flags: OpenFlags, reply: ReplyEmpty) {
+        let Some(_entry) = self.begin(request, Operation::ReleaseDir, (ino, 0, 0), b"") else {
+            return reply.error(Errno::EIO);
+        };
+        reply.ok();
+    }
+
+    fn statfs(&self, request: &Request, ino: INodeNo, reply: ReplyStatfs) {
+        let Some(_entry) = self.begin(request, Operation::StatFs, (ino, 0, 0), b"") else {
+            return reply.error(Errno::EIO);
+        };
         // Read-only and full, as an image is: no free blocks, no free inodes.
         reply.statfs(0, 0, 0, 0, 0, BLOCK_SIZE, 255, BLOCK_SIZE);
     }
 
-    fn getxattr(&self, _request: &Request, ino: INodeNo, name: &OsStr, size: u32, reply: ReplyXattr) {
+    fn getxattr(&self, request: &Request, ino: INodeNo, name: &OsStr, size: u32, reply: ReplyXattr) {
+        let Some(_entry) = self.begin(request, Operation::GetXattr, (ino, 0, size), name.as_bytes()) else {
+            return reply.error(Errno::EIO);
+        };
         let node = NodeId::from_raw(ino.0);
         match self.fs.xattr(node, name.as_bytes()) {
             Ok(Some(value)) => answer_xattr(&value, size, reply),
@@ -257,7 +347,10 @@ impl<C: Content> Filesystem for Adapter<C> {
         }
     }
 
-    fn listxattr(&self, _request: &Request, ino: INodeNo, size: u32, reply: ReplyXattr) {
+    fn listxattr(&self, request: &Request, ino: INodeNo, size: u32, reply: ReplyXattr) {
+        let Some(_entry) = self.begin(request, Operation::ListXattr, (ino, 0, size), b"") else {
+            return reply.error(Errno::EIO);
+        };
         let node = NodeId::from_raw(ino.0);
         match self.fs.xattr_names(node) {
             Ok(names) => answer_xattr(&names, size, reply),
@@ -265,7 +358,10 @@ impl<C: Content> Filesystem for Adapter<C> {
         }
     }
 
-    fn flush(&self, _request: &Request, _ino: INodeNo, _fh: FileHandle, _owner: LockOwner, reply: ReplyEmpty) {
+    fn flush(&self, request: &Request, ino: INodeNo, _fh: FileHandle, _owner: LockOwner, reply: ReplyEmpty) {
+        let Some(_entry) = self.begin(request, Operation::Flush, (ino, 0, 0), b"") else {
+            return reply.error(Errno::EIO);
+        };
         // Kernels before 5.16 do not know FOPEN_NOFLUSH and ask on every close; nothing is ever written here.
         reply.ok();
     }

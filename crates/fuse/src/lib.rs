@@ -2,7 +2,10 @@
 
 pub mod adapter;
 pub mod errno;
+pub mod journal;
+mod replay;
 pub mod session;
 
 pub use adapter::{Adapter, Content, ContentError};
+pub use journal::{Journal, Operation};
 pub use session::{Connection, Invalidator, Session};

@@ -9,6 +9,9 @@ use millstream_layerfs::NodeId;
 use millstream_sys::fuse_device;
 use tracing::{info, warn};
 
+use crate::journal::Journal;
+use crate::replay;
+
 /// Threads that take requests from the kernel. More did not help on two cores; reads that wait do not hold a thread.
 const THREADS: usize = 4;
 /// Bytes of the longest answer to INIT (`struct fuse_out_header` and `struct fuse_init_out`: 80 today).
@@ -57,13 +60,14 @@ impl Session {
     /// `answer_init` gets the answer to the kernel's INIT if nobody gave one yet. It is for the owner of the connection, who
     /// writes it to the device and keeps it: were it written here, a death right after it would leave an answered connection
     /// that looks new. A later server is told the same INIT, answers nobody, and asks the kernel to send again what its
-    /// predecessor left unanswered.
+    /// predecessor left unanswered; where the kernel cannot (before 6.9), that is answered from `journal`.
     ///
     /// # Errors
     /// When the handshake fails, the device is gone, or `answer_init` fails.
-    pub fn start<F: Filesystem>(
+    pub fn start<F: Filesystem + Clone>(
         fs: F,
         connection: Connection,
+        journal: Option<&Journal>,
         answer_init: impl FnOnce(&[u8]) -> io::Result<()>,
     ) -> io::Result<Self> {
         let (for_fuser, ours) = fuse_device::message_pair()?;
@@ -72,6 +76,7 @@ impl Session {
         config.acl = SessionACL::All;
         config.n_threads = Some(THREADS);
         config.clone_fd = false;
+        let fs_again = fs.clone();
         let session = fuser::Session::from_fd(fs, for_fuser, SessionACL::All, config)?;
         let answer = read_answer(&ours)?;
         fuse_device::replace(session.as_fd(), connection.device.as_fd())?;
@@ -84,8 +89,12 @@ impl Session {
                         "this version would negotiate the FUSE connection differently; features change at the next mount"
                     );
                 }
-                if let Err(error) = fuse_device::resend(&connection.device) {
-                    warn!(%error, "the kernel cannot resend requests (6.9 and newer can); those in flight stay unanswered");
+                // Before the first request is taken: from then on there are new ones in it.
+                let left = journal.map_or_else(Vec::new, Journal::left);
+                if replay::sends_again(&connection.init) {
+                    fuse_device::resend(&connection.device)?;
+                } else {
+                    replay::answer(fs_again, &connection.init, connection.device.try_clone()?, left)?;
                 }
                 info!("took over the FUSE connection");
             }

@@ -8,12 +8,13 @@ use std::io::Read;
 use std::os::fd::{AsFd, OwnedFd};
 use std::path::Path;
 use std::process::{Child, Command};
-use std::sync::Arc;
+use std::sync::atomic::{AtomicBool, Ordering};
+use std::sync::{Arc, Mutex, MutexGuard, PoisonError};
 use std::time::{Duration, Instant};
 
 use millstream_fuse::adapter::{Later, MAX_READ, ReadRequest};
-use millstream_fuse::{Adapter, Connection, Content, ContentError, Session};
-use millstream_layerfs::{LayerFs, View, ViewLayer, build_view};
+use millstream_fuse::{Adapter, Connection, Content, ContentError, Journal, Operation, Session};
+use millstream_layerfs::{LayerFs, NodeId, View, ViewLayer, build_view};
 use millstream_sys::fuse_device::{self, message_pair, write_message};
 use millstream_sys::process::{spawn_with, take_passed};
 use millstream_toc::build::{BuildOptions, Compression, build};
@@ -48,6 +49,8 @@ fn layer_fs() -> Arc<LayerFs> {
 /// Gives small files at once; large ones only if it is the server that is meant to.
 struct Half {
     answers: bool,
+    /// Whether a read has taken servers along; then none is answered any more.
+    set_aside: AtomicBool,
 }
 
 impl Content for Half {
@@ -56,8 +59,11 @@ impl Content for Half {
     }
 
     fn read_remote(&self, request: ReadRequest) -> Later<Result<Vec<u8>, ContentError>> {
-        let answers = self.answers;
+        let (answers, set_aside) = (self.answers, self.set_aside.load(Ordering::Relaxed));
         Box::pin(async move {
+            if set_aside {
+                return Err(ContentError::Unavailable);
+            }
             if !answers {
                 std::future::pending::<()>().await;
             }
@@ -65,22 +71,35 @@ impl Content for Half {
             Ok((start - request.file.start..end - request.file.start).map(byte_at).collect())
         })
     }
+
+    fn took_workers_along(&self, _node: NodeId, operation: Operation) {
+        assert_eq!(operation, Operation::Read);
+        // The kernel had read ahead; the page that was wanted it asks for once more.
+        self.set_aside.store(true, Ordering::Relaxed);
+    }
+}
+
+/// How a server is to be.
+fn role() -> Option<String> {
+    std::env::var(ROLE).ok()
 }
 
 /// Not a test of its own: the servers of the test below.
 #[test]
 fn server_process() {
-    let Ok(role) = std::env::var(ROLE) else { return };
-    let mut passed = take_passed(2).unwrap();
-    let (control, device) = (passed.pop().unwrap(), passed.pop().unwrap());
+    let Some(role) = role() else { return };
+    let mut passed = take_passed(3).unwrap();
+    let (journal, control, device) = (passed.pop().unwrap(), passed.pop().unwrap(), passed.pop().unwrap());
+    let journal = Arc::new(Journal::open(&journal).unwrap());
     let init = receive(&control);
     let answer = Some(receive(&control)).filter(|answer| answer != b"first");
     let runtime = tokio::runtime::Runtime::new().unwrap();
-    let content = Arc::new(Half { answers: role == "answers" });
-    let adapter = Adapter::new(layer_fs(), content, runtime.handle().clone());
+    let content = Arc::new(Half { answers: role == "answers", set_aside: AtomicBool::new(false) });
+    let adapter = Adapter::new(layer_fs(), content, runtime.handle().clone(), Some(Arc::clone(&journal)));
     let again = answer.is_some();
     let connection = Connection { device, init, answer };
-    let session = Session::start(adapter, connection, |answer| write_message(control.as_fd(), answer)).unwrap();
+    let session =
+        Session::start(adapter, connection, Some(&journal), |answer| write_message(control.as_fd(), answer)).unwrap();
     if again {
         write_message(control.as_fd(), b"took over").unwrap();
     }
@@ -97,6 +116,8 @@ fn receive(socket: &OwnedFd) -> Vec<u8> {
 struct Mount {
     path: tempfile::TempDir,
     mounted: fuse_device::Mounted,
+    shared: OwnedFd,
+    journal: Journal,
 }
 
 impl Drop for Mount {
@@ -105,7 +126,23 @@ impl Drop for Mount {
     }
 }
 
+fn mount() -> Mount {
+    let path = tempfile::tempdir().unwrap();
+    let mounted = fuse_device::mount("millstream-test", path.path(), MAX_READ).unwrap();
+    let (shared, journal) = Journal::create().unwrap();
+    Mount { path, mounted, shared, journal }
+}
+
 struct Server(Child);
+
+impl Server {
+    /// Kills it; `by_itself`: as far as the journal is told, it has died of what it was doing.
+    fn die(mut self, mount: &Mount, by_itself: bool) {
+        self.0.kill().unwrap();
+        self.0.wait().unwrap();
+        mount.journal.died(self.0.id(), by_itself);
+    }
+}
 
 impl Drop for Server {
     fn drop(&mut self) {
@@ -118,7 +155,8 @@ fn start(mount: &Mount, role: &str, answer: Option<&[u8]>) -> (Server, Vec<u8>) 
     let (ours, theirs) = message_pair().unwrap();
     let mut command = Command::new(std::env::current_exe().unwrap());
     command.args(["--exact", "server_process", "--test-threads=1"]).env(ROLE, role);
-    let server = Server(spawn_with(command, &[mount.mounted.device.as_fd(), theirs.as_fd()]).unwrap());
+    let server =
+        Server(spawn_with(command, &[mount.mounted.device.as_fd(), theirs.as_fd(), mount.shared.as_fd()]).unwrap());
     drop(theirs);
     write_message(ours.as_fd(), &mount.mounted.init).unwrap();
     write_message(ours.as_fd(), answer.unwrap_or(b"first")).unwrap();
@@ -130,17 +168,22 @@ fn start(mount: &Mount, role: &str, answer: Option<&[u8]>) -> (Server, Vec<u8>) 
     (server, answer)
 }
 
-#[test]
-fn a_read_that_waits_survives_the_death_of_its_server() {
+/// Whether a thread waits in the kernel is asked of the whole process, so one test after the other. None: not on this machine.
+fn turn() -> Option<MutexGuard<'static, ()>> {
+    static TURN: Mutex<()> = Mutex::new(());
     if !rustix::process::geteuid().is_root() || !Path::new("/dev/fuse").exists() {
         // Past the capture of the test runner, so that it is seen and counted.
         std::io::Write::write_all(&mut std::io::stderr(), b"skipped: needs root and /dev/fuse\n").ok();
         assert!(std::env::var_os("MILLSTREAM_REQUIRE_ALL").is_none(), "a required tier was skipped");
-        return;
+        return None;
     }
-    let path = tempfile::tempdir().unwrap();
-    let mounted = fuse_device::mount("millstream-test", path.path(), MAX_READ).unwrap();
-    let mount = Mount { path, mounted };
+    Some(TURN.lock().unwrap_or_else(PoisonError::into_inner))
+}
+
+#[test]
+fn a_read_that_waits_survives_the_death_of_its_server() {
+    let Some(_turn) = turn() else { return };
+    let mount = mount();
     let dir = mount.path.path().join(VIEW.to_string()).join("dir");
 
     let (first, answer) = start(&mount, "stalls", None);
@@ -167,6 +210,74 @@ fn a_read_that_waits_survives_the_death_of_its_server() {
     assert_eq!(std::os::unix::fs::MetadataExt::ino(&fs::metadata(&slow).unwrap()), inode);
     let names: Vec<_> = fs::read_dir(&dir).unwrap().map(|entry| entry.unwrap().file_name()).collect();
     assert_eq!(names, ["quick", "slow"]);
+}
+
+fn wait_for_a_waiting_reader() {
+    // For some time on end: what comes before the read is answered in a moment.
+    let (mut waited, deadline) = (0, Instant::now() + Duration::from_secs(10));
+    while waited < 20 && Instant::now() < deadline {
+        waited = if waits_in_the_kernel() { waited + 1 } else { 0 };
+        #[allow(clippy::disallowed_methods, reason = "the kernel sends no event")]
+        std::thread::sleep(Duration::from_millis(10));
+    }
+    assert!(waits_in_the_kernel());
+}
+
+/// As on a kernel before 6.9: this one would send the requests again, but nobody asks it to.
+#[test]
+fn what_waits_is_answered_from_the_journal_where_the_kernel_does_not_send_it_again() {
+    let Some(_turn) = turn() else { return };
+    let mut mount = mount();
+    mount.mounted.init[56] &= !(1 << 7);
+    let dir = mount.path.path().join(VIEW.to_string()).join("dir");
+    let (first, answer) = start(&mount, "stalls", None);
+    assert_eq!(fs::read(dir.join("quick")).unwrap(), b"t hand");
+    let slow = dir.join("slow");
+    let reader = std::thread::spawn(move || fs::read(slow).unwrap());
+    wait_for_a_waiting_reader();
+    first.die(&mount, true);
+    let (second, _) = start(&mount, "stalls", Some(&answer));
+    second.die(&mount, false);
+    let (_third, _) = start(&mount, "answers", Some(&answer));
+    let expected: Vec<u8> = (0..100_000).map(byte_at).collect();
+    assert!(reader.join().unwrap() == expected);
+    let names: Vec<_> = fs::read_dir(&dir).unwrap().map(|entry| entry.unwrap().file_name()).collect();
+    assert_eq!(names, ["quick", "slow"]);
+}
+
+fn a_poison_is_refused(sends_again: bool) {
+    let Some(_turn) = turn() else { return };
+    let mut mount = mount();
+    if !sends_again {
+        mount.mounted.init[56] &= !(1 << 7);
+    }
+    let dir = mount.path.path().join(VIEW.to_string()).join("dir");
+    let (first, answer) = start(&mount, "stalls", None);
+    let slow = dir.join("slow");
+    let reader = std::thread::spawn(move || fs::read(slow));
+    wait_for_a_waiting_reader();
+    first.die(&mount, true);
+    let (second, _) = start(&mount, "stalls", Some(&answer));
+    // It has taken the read up when it answers this one, which came later; on an old kernel, soon.
+    assert_eq!(fs::read(dir.join("quick")).unwrap(), b"t hand");
+    #[allow(clippy::disallowed_methods, reason = "nothing tells when the answers of the journal are begun")]
+    std::thread::sleep(Duration::from_millis(300));
+    assert!(!reader.is_finished());
+    second.die(&mount, true);
+    let (_third, _) = start(&mount, "answers", Some(&answer));
+    assert_eq!(reader.join().unwrap().unwrap_err().raw_os_error(), Some(5), "EIO");
+    // The rest goes on.
+    assert_eq!(fs::read(dir.join("quick")).unwrap(), b"t hand");
+}
+
+#[test]
+fn a_request_that_took_two_servers_along_is_refused_by_the_third() {
+    a_poison_is_refused(true);
+}
+
+#[test]
+fn a_request_that_took_two_servers_along_is_refused_by_the_third_on_old_kernels() {
+    a_poison_is_refused(false);
 }
 
 /// Whether a thread of this process waits for an answer to a FUSE request.

@@ -5,7 +5,7 @@ use std::time::{Duration, SystemTime};
 
 use millstream_chunkstore::{Layer, LayerState, Refusal, Store};
 use millstream_fuse::adapter::{Later, ReadRequest};
-use millstream_fuse::{Content, ContentError};
+use millstream_fuse::{Content, ContentError, Operation};
 use millstream_layerfs::{Decoded, NodeId};
 use millstream_prefetch::Fetcher;
 use millstream_source::{ErrorKind, Priority, SourceError, names};
@@ -127,6 +127,33 @@ impl Content for NodeContent {
             metrics.read(read.as_ref().map_or(ReadResult::Failed, |(_, result)| *result));
             read.map(|(bytes, _)| bytes)
         })
+    }
+
+    fn took_workers_along(&self, node: NodeId, operation: Operation) {
+        self.metrics.read(ReadResult::Failed);
+        set_aside(&self.store, node, operation);
+    }
+}
+
+/// A layer that may have ended two workers is not to end a third one: it is out of use until it was removed and pulled again.
+fn set_aside(store: &Store, node: NodeId, operation: Operation) {
+    let reason = "a request was in flight when two workers in a row died";
+    let Some(Decoded::File { layer, .. }) = node.decode() else {
+        error!({ names::CODE } = "node.poisoned", ?node, ?operation, "{reason}; answered with EIO");
+        return;
+    };
+    let Some(layer) = store.layer_by_number(layer) else { return };
+    let path = path(&layer, node);
+    let reason = format!("{reason}: {operation:?} of {path}");
+    error!(
+        { names::CODE } = "node.poisoned",
+        { names::LAYER } = %layer.digest(),
+        { names::PATH } = path,
+        ?operation,
+        "a request was in flight when two workers in a row died; answered with EIO, and its layer is set aside"
+    );
+    if let Err(failure) = layer.quarantine(&reason) {
+        warn!({ names::LAYER } = %layer.digest(), error = %failure, "set aside until the next start only");
     }
 }
 

@@ -1,8 +1,11 @@
 //! `millstreamd`, the node daemon of Millstream: containerd's snapshotter, one FUSE mount, the local store.
 
+use std::path::Path;
+
 use anyhow::{Context, anyhow};
 use clap::Parser;
-use millstream_node::{supervisor, worker};
+use millstream_node::program::read_settings;
+use millstream_node::{service, supervisor, upgrade, worker};
 use millstream_settings::arguments::{NodeArguments, NodeCommand};
 use millstream_settings::node::Settings;
 use millstream_settings::{LogFormat, LogSettings};
@@ -20,32 +23,49 @@ fn main() -> std::process::ExitCode {
 
 fn run() -> anyhow::Result<()> {
     let arguments = NodeArguments::parse();
-    let settings = match &arguments.config {
-        Some(path) => millstream_settings::read(path)?,
-        None => Settings::default(),
-    };
+    if matches!(arguments.command, Some(NodeCommand::Worker)) {
+        return work();
+    }
+    let config = arguments.config.as_deref();
+    let text = read_settings(config)?;
+    let settings: Settings = millstream_settings::parse(&text)
+        .with_context(|| format!("in settings {}", config.map_or("(none)".into(), Path::to_string_lossy)))?;
     if arguments.check_config {
         println!("settings are fine");
         return Ok(());
     }
-    start_logging(&settings.log)?;
-    // What libraries make below the root, the database first of all, is for nobody else.
-    rustix::process::umask(rustix::fs::Mode::from_raw_mode(0o077));
     match arguments.command {
-        None => supervisor::run(&settings, arguments.config.as_deref()),
-        Some(NodeCommand::Worker { restarts }) => {
-            let inherited = worker::Inheritance::take()?;
-            rustls::crypto::ring::default_provider()
-                .install_default()
-                .map_err(|_| anyhow!("a TLS provider is installed already"))?;
-            let runtime = tokio::runtime::Builder::new_multi_thread().enable_all().thread_name("worker").build()?;
-            let result = runtime.block_on(worker::run(&settings, inherited, restarts));
-            // Reads that still wait for a source must not hold up the end. To drop them would answer EIO; unanswered, they wait
-            // for the next worker, or end with the mount.
-            std::mem::forget(runtime);
-            result
+        Some(NodeCommand::Upgrade { binary }) => println!("{}", upgrade::ask(&settings, binary.as_deref())?),
+        _ => {
+            start_logging(&settings.log)?;
+            restrict_new_files();
+            supervisor::run(&settings, &text, config)?;
         }
     }
+    Ok(())
+}
+
+fn work() -> anyhow::Result<()> {
+    // The program was started by the number of a descriptor; this is what `ps` shows.
+    let _ = rustix::thread::set_name(c"millstreamd");
+    let (inherited, settings) = worker::Inheritance::take()?;
+    start_logging(&settings.log)?;
+    service::offer_worker();
+    restrict_new_files();
+    rustls::crypto::ring::default_provider()
+        .install_default()
+        .map_err(|_| anyhow!("a TLS provider is installed already"))?;
+    let runtime = tokio::runtime::Builder::new_multi_thread().enable_all().thread_name("worker").build()?;
+    let result = runtime.block_on(worker::run(&settings, inherited));
+    // Reads that still wait for a source must not hold up the end. To drop them would answer EIO; unanswered, they wait for the
+    // next worker, or end with the mount.
+    std::mem::forget(runtime);
+    result
+}
+
+/// What libraries make below the root, the database first of all, is for nobody else.
+fn restrict_new_files() {
+    rustix::process::umask(rustix::fs::Mode::from_raw_mode(0o077));
 }
 
 fn start_logging(settings: &LogSettings) -> anyhow::Result<()> {

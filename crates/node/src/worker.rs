@@ -1,7 +1,6 @@
 //! The process that does the work; it may die at any time and is started again by the supervisor.
 
 use std::io;
-use std::os::fd::{AsFd, OwnedFd};
 use std::os::unix::fs::OpenOptionsExt;
 use std::os::unix::net::UnixListener;
 use std::path::Path;
@@ -11,14 +10,13 @@ use std::time::{Duration, SystemTime, UNIX_EPOCH};
 use anyhow::Context;
 use millstream_chunkstore::{MAX_NUMBER, Store, StoreOptions};
 use millstream_containerd::{Containerd, ContainerdOptions};
-use millstream_fuse::{Adapter, Connection, Session};
+use millstream_fuse::{Adapter, Connection, Journal, Session};
 use millstream_layerfs::LayerFs;
 use millstream_prefetch::{FetchOptions, Fetcher};
 use millstream_registry::{Registry, RegistryOptions};
 use millstream_settings::node::Settings;
 use millstream_snapshots::{Options, SnapshotService, Snapshots};
 use millstream_source::names;
-use millstream_sys::fuse_device::write_message;
 use millstream_sys::process::take_passed;
 use millstream_wire::containerd::services::snapshots::v1::snapshots_server::SnapshotsServer;
 use millstream_wire::millstream::v1::node_server::NodeServer;
@@ -37,9 +35,11 @@ use crate::control::Control;
 use crate::damage::{self, Damages};
 use crate::database::{self, Found};
 use crate::embedded::{Embedded, EmbeddedOptions};
+use crate::format;
 use crate::garbage::Garbage;
 use crate::images::{NodeImages, Reporter, SharedImages};
 use crate::index::Indexer;
+use crate::line::{Line, Report, Start};
 use crate::lookup::Lookup;
 use crate::lost_mounts::LostMounts;
 use crate::metrics::NodeMetrics;
@@ -49,7 +49,7 @@ use crate::page;
 use crate::quota::{Keeper, Limits};
 use crate::repair::Repairer;
 use crate::server_client::Server;
-use crate::supervisor::{FIRST, MAX_MESSAGE, SERVES, mountpoint};
+use crate::supervisor::mountpoint;
 use crate::views::Views;
 
 /// How long requests that are under way may go on after we were asked to stop.
@@ -71,39 +71,83 @@ const DATABASE_ROOM: u64 = 32 * 1024 * 1024;
 pub struct Inheritance {
     connection: Connection,
     listener: UnixListener,
-    supervisor: OwnedFd,
+    line: Arc<Line>,
+    journal: Option<Arc<Journal>>,
+    restarts: u64,
 }
 
 impl Inheritance {
-    /// Takes over what the supervisor passed; works once in a process.
+    /// Takes over what the supervisor passed, with the settings to work with; works once in a process.
     ///
     /// # Errors
-    /// When this process was not started by a supervisor.
-    pub fn take() -> anyhow::Result<Self> {
+    /// When this process was not started by a supervisor of this version, or the settings cannot work; the supervisor knows.
+    pub fn take() -> anyhow::Result<(Self, Settings)> {
         let mut passed =
-            take_passed(3).context("this command is for millstreamd itself; hint: run millstreamd without it")?;
-        let (Some(supervisor), Some(listener), Some(device)) = (passed.pop(), passed.pop(), passed.pop()) else {
+            take_passed(4).context("this command is for millstreamd itself; hint: run millstreamd without it")?;
+        let [Some(journal), Some(line), Some(listener), Some(device)] = std::array::from_fn(|_| passed.pop()) else {
             anyhow::bail!("the supervisor passed too few descriptors");
         };
-        let init = message(&supervisor)?;
-        let answer = Some(message(&supervisor)?).filter(|answer| answer != FIRST);
-        Ok(Self { connection: Connection { device, init, answer }, listener: listener.into(), supervisor })
+        let line = Arc::new(Line::new(line));
+        let begun = line.await_start().and_then(|start| Ok((settings_of(&start)?, start)));
+        let (settings, start) = begun.inspect_err(|error| refuse(&line, error))?;
+        // Without it nothing is lost but what two deaths would need.
+        let journal = Journal::open(&journal).map(Arc::new);
+        let journal = journal.inspect_err(|error| warn!(%error, "requests are not noted for the next worker")).ok();
+        let connection = Connection { device, init: start.init, answer: start.answer };
+        Ok((Self { connection, listener: listener.into(), line, journal, restarts: start.restarts }, settings))
     }
 }
 
-fn message(socket: &OwnedFd) -> io::Result<Vec<u8>> {
-    let mut buffer = vec![0; MAX_MESSAGE];
-    let len = rustix::io::retry_on_intr(|| rustix::io::read(socket, &mut buffer))?;
-    buffer.truncate(len);
-    Ok(buffer)
+/// Settings as the supervisor passes them. What it has taken possession of cannot change under it.
+fn settings_of(start: &Start) -> anyhow::Result<Settings> {
+    let settings: Settings = millstream_settings::parse(&start.settings).context("in the settings")?;
+    for (key, set, kept) in [("root", &settings.root, &start.root), ("socket", &settings.socket, &start.socket)] {
+        if set != kept {
+            anyhow::bail!(
+                "{key} is {} and would become {}; hint: restart millstreamd for that, which ends the lazy containers",
+                kept.display(),
+                set.display()
+            );
+        }
+    }
+    format::check(&settings.root)?;
+    Ok(settings)
 }
 
-/// Puts the stack together, serves until SIGTERM or until the mount is gone. `restarts` is how many workers died before.
+/// The supervisor passes it on to whoever asked for this worker; if it is gone, nobody did.
+fn refuse(line: &Line, error: &anyhow::Error) {
+    let _ = line.report(&Report::Refused(format!("{error:#}")));
+}
+
+/// Puts the stack together, serves until SIGTERM or until the mount is gone.
 ///
 /// # Errors
 /// When something of our own is broken: disk, database, descriptors. Registry and server may be down.
-pub async fn run(settings: &Settings, inherited: Inheritance, restarts: u64) -> anyhow::Result<()> {
+pub async fn run(settings: &Settings, inherited: Inheritance) -> anyhow::Result<()> {
+    let line = Arc::clone(&inherited.line);
+    work(settings, inherited).await.inspect_err(|error| refuse(&line, error))
+}
+
+async fn work(settings: &Settings, inherited: Inheritance) -> anyhow::Result<()> {
     raise_descriptor_limit();
+    // A source that gives nothing is left early enough for the next one to be asked in time, and a host earlier still.
+    let idle_timeout = (settings.fetch.read_deadline / 4).min(LONGEST_IDLE);
+    let registry = Registry::new(RegistryOptions {
+        hosts_dir: Some(settings.registry.hosts_dir.clone()),
+        max_connections_per_host: settings.fetch.connections,
+        connect_timeout: idle_timeout / 4,
+        first_byte_timeout: idle_timeout / 2,
+        idle_timeout,
+        ..RegistryOptions::default()
+    })?;
+    let remote = Server::new(&settings.server)?;
+    let line = inherited.line;
+    line.report(&Report::Ready(env!("CARGO_PKG_VERSION").into())).context("reporting to the supervisor")?;
+    tokio::task::spawn_blocking({
+        let line = Arc::clone(&line);
+        move || line.await_go()
+    })
+    .await??;
     let (db, found) = database::open(&settings.root)?;
     let db = Arc::new(db);
     let damages = Damages::default();
@@ -117,16 +161,6 @@ pub async fn run(settings: &Settings, inherited: Inheritance, restarts: u64) -> 
         ..StoreOptions::default()
     };
     let store = Arc::new(Store::open(&settings.root, Arc::clone(&db), options).context("opening the store")?);
-    // A source that gives nothing is left early enough for the next one to be asked in time, and a host earlier still.
-    let idle_timeout = (settings.fetch.read_deadline / 4).min(LONGEST_IDLE);
-    let registry = Registry::new(RegistryOptions {
-        hosts_dir: Some(settings.registry.hosts_dir.clone()),
-        max_connections_per_host: settings.fetch.connections,
-        connect_timeout: idle_timeout / 4,
-        first_byte_timeout: idle_timeout / 2,
-        idle_timeout,
-        ..RegistryOptions::default()
-    })?;
     let containerd = &settings.containerd.address;
     let containerd = (!containerd.as_os_str().is_empty()).then(|| Containerd::new(ContainerdOptions::new(containerd)));
     let lookup = containerd.clone().map(|containerd| Lookup::new(containerd, settings.registry.hosts_dir.clone()));
@@ -134,7 +168,7 @@ pub async fn run(settings: &Settings, inherited: Inheritance, restarts: u64) -> 
     let embedded = embedded_server(settings, &registry, containerd, &store, &catalog);
     let server = match &embedded {
         Some(embedded) => Some(Server::embedded(embedded.service())),
-        None => Server::new(&settings.server)?,
+        None => remote,
     };
     let metrics = NodeMetrics::default();
     let docker_config = settings.registry.docker_config.clone();
@@ -182,11 +216,14 @@ pub async fn run(settings: &Settings, inherited: Inheritance, restarts: u64) -> 
     let (resumed, whether_resumed) = watch::channel(false);
     tokio::spawn(repairer.clone().work(whether_resumed.clone()));
     let content = Arc::new(NodeContent::new(Arc::clone(&images), whether_resumed, metrics.clone()));
-    let adapter = Adapter::new(layerfs, content, tokio::runtime::Handle::current());
-    let supervisor = inherited.supervisor;
-    let session = Session::start(adapter, inherited.connection, |answer| write_message(supervisor.as_fd(), answer))
-        .context("serving the FUSE connection")?;
-    write_message(supervisor.as_fd(), SERVES).context("reporting to the supervisor")?;
+    let adapter = Adapter::new(layerfs, content, tokio::runtime::Handle::current(), inherited.journal.clone());
+    // Now that it is certain that this program can work with the state.
+    format::note(&settings.root)?;
+    let session = Session::start(adapter, inherited.connection, inherited.journal.as_deref(), |answer| {
+        line.report(&Report::Answer(answer.to_vec()))
+    })
+    .context("serving the FUSE connection")?;
+    line.report(&Report::Serves).context("reporting to the supervisor")?;
     tokio::task::spawn_blocking({
         let images = Arc::clone(&images);
         move || {
@@ -204,7 +241,8 @@ pub async fn run(settings: &Settings, inherited: Inheritance, restarts: u64) -> 
         tokio::spawn(async move { Arc::clone(embedded.indexer()).work(embedded).await });
     }
     if let Some(address) = settings.metrics.listen {
-        page::show(address, &metrics, Arc::clone(&images), Arc::clone(&db), mountpoint(settings), restarts).await;
+        page::show(address, &metrics, Arc::clone(&images), Arc::clone(&db), mountpoint(settings), inherited.restarts)
+            .await;
     }
     let garbage = Garbage::new(snapshots.clone(), Arc::clone(&images));
     tokio::spawn(garbage.clone().give_back_again_and_again());

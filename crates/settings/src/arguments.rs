@@ -27,13 +27,16 @@ pub struct NodeArguments {
 /// What `millstreamd` runs as.
 #[derive(Debug, Subcommand)]
 pub enum NodeCommand {
+    /// Go over to the program that now stands at the path of the running one, and to the settings as they are now; containers
+    /// go on. If that fails, the old program goes on with the old settings.
+    Upgrade {
+        /// Another program, also an older one.
+        #[arg(long, value_name = "FILE")]
+        binary: Option<PathBuf>,
+    },
     /// Started by the supervisor only.
     #[command(hide = true)]
-    Worker {
-        /// How many workers of this supervisor died before.
-        #[arg(long, default_value_t = 0)]
-        restarts: u64,
-    },
+    Worker,
 }
 
 /// Of `millstream-server`.

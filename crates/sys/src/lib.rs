@@ -3,4 +3,5 @@
 pub mod fuse_device;
 pub mod map;
 pub mod process;
+pub mod shared;
 pub mod signals;

@@ -1,6 +1,7 @@
 //! Harness of the end-to-end tests and of the demo.
 #![doc = include_str!("../README.md")]
 
+pub mod busy;
 pub mod caller;
 pub mod containerd;
 pub mod cri;
@@ -16,6 +17,7 @@ pub mod link;
 pub mod need;
 mod pack;
 pub mod process;
+pub mod readers;
 pub mod registry;
 pub mod scenario;
 pub mod spoil;
