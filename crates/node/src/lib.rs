@@ -1,5 +1,6 @@
 #![doc = include_str!("../README.md")]
 
+mod admission;
 pub mod below;
 pub mod catalog;
 pub mod content;
@@ -16,7 +17,10 @@ pub mod make_local;
 pub mod metrics;
 pub mod origin;
 pub mod page;
+#[cfg(test)]
+mod schedules;
 pub mod server_client;
 pub mod supervisor;
+mod sync;
 pub mod views;
 pub mod worker;

@@ -210,7 +210,7 @@ impl Gathered {
         let queues = self.images.fetcher.queues();
         let [demand, prefetch, hydrate] = queues.requests.map(|waiting| waiting as u64);
         let streaming = self.images.catalog.streaming().is_ok_and(|enabled| enabled);
-        let rows: [Row<'_>; 6] = [
+        let rows: [Row<'_>; 7] = [
             (
                 "layers",
                 "Layers that are not pulled the ordinary way, by state.",
@@ -255,6 +255,13 @@ impl Gathered {
                 None,
                 MetricType::Gauge,
                 &[("", "", self.images.fetcher.counters().active)],
+            ),
+            (
+                "tasks",
+                "Tasks of the worker's runtime: connections, calls, fetches, background work.",
+                None,
+                MetricType::Gauge,
+                &[("", "", self.images.tasks() as u64)],
             ),
             (
                 "streaming_enabled",

@@ -3,7 +3,7 @@
 use std::ffi::OsStr;
 use std::os::unix::ffi::OsStrExt;
 use std::path::PathBuf;
-use std::sync::{Arc, Mutex, PoisonError};
+use std::sync::Arc;
 
 use anyhow::{Context, anyhow};
 use millstream_chunkstore::{Layer, Store, ViewKey};
@@ -11,6 +11,7 @@ use millstream_layerfs::{Below, LayerFs, View, ViewLayer, build_view};
 use millstream_oci::Digest;
 use tracing::{info, warn};
 
+use crate::admission::Admission;
 use crate::below::LowerDirs;
 
 /// All views of this node.
@@ -19,16 +20,19 @@ pub struct Views {
     store: Arc<Store>,
     fs: Arc<LayerFs>,
     mountpoint: PathBuf,
-    /// One view is built or removed at a time: two requests for the same one must not build it twice, also when the first one
-    /// was given up while it was being built, and none may be built of layers that are about to be removed.
-    building: Mutex<()>,
+    admission: Arc<Admission>,
 }
 
 impl Views {
     /// Views of layers in `store`, shown by `fs` at `mountpoint`.
     #[must_use]
     pub fn new(store: Arc<Store>, fs: Arc<LayerFs>, mountpoint: PathBuf) -> Self {
-        Self { store, fs, mountpoint, building: Mutex::new(()) }
+        Self { store, fs, mountpoint, admission: Arc::default() }
+    }
+
+    /// In which order layers are shown and removed.
+    pub(crate) fn admission(&self) -> Arc<Admission> {
+        Arc::clone(&self.admission)
     }
 
     /// Shows every view that was known before. One that cannot be shown is reported and rebuilt when it is next asked for.
@@ -63,7 +67,7 @@ impl Views {
     /// The directory that shows `run` (bottom first) merged, over `below` (top first).
     ///
     /// # Errors
-    /// When a layer is not in the store, or the view cannot be built or written.
+    /// When a layer is not in the store or is being removed, or the view cannot be built or written.
     pub async fn path(self: &Arc<Self>, run: &[Digest], below: &[PathBuf]) -> anyhow::Result<PathBuf> {
         let layers: Vec<Arc<Layer>> = run
             .iter()
@@ -73,13 +77,14 @@ impl Views {
             layers: layers.iter().map(|layer| layer.number()).collect(),
             below: below.iter().map(|dir| dir.as_os_str().as_bytes()).collect::<Vec<_>>().join(&b':'),
         };
-        let this = Arc::clone(self);
-        let number = tokio::task::spawn_blocking(move || this.ensure(&key)).await??;
+        let (this, run) = (Arc::clone(self), run.to_vec());
+        let shown = tokio::task::spawn_blocking(move || this.admission.show(&run, || this.ensure(&key))).await?;
+        let number = shown.context("a layer is being removed")??;
         Ok(self.mountpoint.join(number.to_string()))
     }
 
+    /// Called by one at a time.
     fn ensure(&self, key: &ViewKey) -> anyhow::Result<u32> {
-        let _building = self.building.lock().unwrap_or_else(PoisonError::into_inner);
         // First, because a key whose layers are gone would stay for ever.
         let layers = self.layers(key)?;
         let slot = self.store.allocate_view(key)?;
@@ -109,12 +114,11 @@ impl Views {
         Ok(slot.number)
     }
 
-    /// Takes away every view that shows one of these layers. Blocks while a view is being built.
+    /// Takes away every view that shows one of these layers. Called by one at a time, and by nobody while a view is built.
     ///
     /// # Errors
     /// Those of the store.
-    pub fn remove_with(&self, layers: &[u32]) -> anyhow::Result<()> {
-        let _building = self.building.lock().unwrap_or_else(PoisonError::into_inner);
+    pub(crate) fn hide(&self, layers: &[u32]) -> anyhow::Result<()> {
         for (number, key) in self.store.views()? {
             if key.layers.iter().any(|layer| layers.contains(layer)) {
                 self.fs.remove(number);

@@ -146,7 +146,7 @@ pub async fn run(settings: &Settings, inherited: Inheritance, restarts: u64) -> 
     let options = Options { decide_deadline: settings.decision_deadline, ..Options::default() };
     let snapshots =
         Snapshots::open(&settings.root, Arc::clone(&db), Arc::new(SharedImages(Arc::clone(&images))), options)?;
-    images.sweep(&snapshots.layers()?)?;
+    images.sweep(&snapshots.layers()?).await?;
 
     // the kernel's side, then containerd's
     let (resumed, whether_resumed) = watch::channel(false);

@@ -12,14 +12,18 @@ mod fetcher;
 mod flight;
 mod gate;
 mod hydrate;
+mod landing;
 mod lru;
 mod options;
 mod part;
 pub mod plan;
 pub mod queue;
 mod rebuild;
+#[cfg(test)]
+mod schedules;
 mod share;
 mod skeleton;
+mod sync;
 mod windows;
 
 pub use attached::ImageSources;

@@ -11,7 +11,7 @@ use millstream_wire::containerd::services::snapshots::v1::snapshots_client::Snap
 use millstream_wire::containerd::services::snapshots::v1::{Info, ListSnapshotsRequest};
 use millstream_wire::millstream::v1::node_client::NodeClient;
 use millstream_wire::millstream::v1::{
-    ExplainRequest, ExplainResponse, SetHydrationRequest, SetStreamingRequest, StatusRequest, StatusResponse,
+    ExplainRequest, ExplainResponse, GcRequest, SetHydrationRequest, SetStreamingRequest, StatusRequest, StatusResponse,
 };
 
 use crate::containerd::Snapshotter;
@@ -47,6 +47,8 @@ pub struct NodeOptions {
     pub hydration: bool,
     /// How long a read may wait for its bytes.
     pub read_deadline: Duration,
+    /// Where it shows its metrics; none: nowhere.
+    pub metrics: Option<SocketAddr>,
 }
 
 impl NodeOptions {
@@ -60,6 +62,7 @@ impl NodeOptions {
             containerd: None,
             hydration: true,
             read_deadline: Duration::from_secs(60),
+            metrics: None,
         }
     }
 }
@@ -70,6 +73,7 @@ pub struct Node {
     config: PathBuf,
     socket: PathBuf,
     root: PathBuf,
+    metrics: Option<SocketAddr>,
     installation: Option<Installation>,
     log: PathBuf,
     process: Option<Process>,
@@ -85,7 +89,8 @@ impl Node {
         let dir = work.dir("node")?;
         let (config, socket, root) = (dir.join("millstreamd.toml"), dir.join("m.sock"), dir.join("root"));
         std::fs::write(&config, node_settings(&dir, options)?)?;
-        let mut node = Self { config, socket, root, installation: None, log: work.log(NODE), process: None };
+        let (metrics, log) = (options.metrics, work.log(NODE));
+        let mut node = Self { config, socket, root, metrics, installation: None, log, process: None };
         node.launch()?;
         Ok(node)
     }
@@ -102,7 +107,8 @@ impl Node {
         let socket = installation.at("/run/millstream/millstream.sock");
         let root = installation.at("/var/lib/millstream");
         let installation = Some(installation.clone());
-        let mut node = Self { config, socket, root, installation, log: work.log(NODE), process: None };
+        let log = work.log(NODE);
+        let mut node = Self { config, socket, root, metrics: None, installation, log, process: None };
         node.launch()?;
         Ok(node)
     }
@@ -147,6 +153,16 @@ impl Node {
     /// What containerd is told of it.
     pub fn snapshotter(&self) -> Snapshotter {
         Snapshotter::Millstream { socket: self.socket(), root: self.root() }
+    }
+
+    /// Where it shows its metrics, if it does.
+    pub fn metrics(&self) -> Option<SocketAddr> {
+        self.metrics
+    }
+
+    /// The id of the process that starts the workers, while it runs.
+    pub fn supervisor(&self) -> Option<i32> {
+        self.process.as_ref().and_then(|process| i32::try_from(process.id()).ok())
     }
 
     /// The ids of the processes below the supervisor, which do the work and may be killed alone.
@@ -238,6 +254,15 @@ impl Node {
     pub fn explain(&self, image: &str) -> Result<ExplainResponse> {
         let request = ExplainRequest { image: image.to_owned() };
         call(&self.socket(), async |mut node| node.explain(request).await)
+    }
+
+    /// Gives back at once what nothing uses.
+    ///
+    /// # Errors
+    ///
+    /// If it does not answer.
+    pub fn give_back(&self) -> Result<()> {
+        call(&self.socket(), async |mut node| node.gc(GcRequest { dry_run: false }).await).map(drop)
     }
 
     /// Switches streaming of new images on or off.
@@ -377,6 +402,9 @@ fn node_settings(dir: &Path, options: &NodeOptions) -> Result<String> {
     writeln!(text, "\n[containerd]\naddress = {:?}", options.containerd.as_deref().unwrap_or(Path::new("")))?;
     let deadline = options.read_deadline.as_millis();
     writeln!(text, "\n[fetch]\nhydration = {}\nread_deadline = \"{deadline}ms\"", options.hydration)?;
+    if let Some(listen) = options.metrics {
+        writeln!(text, "\n[metrics]\nlisten = {:?}", listen.to_string())?;
+    }
     text.push_str("\n[log]\nlevel = \"debug,h2=info,hyper=info,tonic=info,tower=info\"\n");
     Ok(text)
 }

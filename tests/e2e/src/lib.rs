@@ -6,6 +6,7 @@ pub mod cri;
 pub mod daemons;
 pub mod debian;
 pub mod delay;
+pub mod gauges;
 pub mod image;
 pub mod installation;
 pub mod layer;
