@@ -97,7 +97,7 @@ impl Gate {
             }
         }
         let active = state.scheduler.demand_active();
-        drop(state);
+        // With the queue locked: told afterwards, it could be told after a later change, and stay wrong.
         self.demand.send_if_modified(|before| std::mem::replace(before, active) != active);
         value
     }

@@ -233,35 +233,44 @@ fn limits() -> Limits {
     Limits { slots: 2, hydrate_slots: 1, settle: Duration::ZERO, waiting: [8; 3], starvation: Duration::from_secs(1) }
 }
 
-/// Seen to fail with: the state of demand told after the lock of the queue was let go (somebody yields to a demand that is over);
-/// a permit that does not give its place back.
+/// Takes a place, holds it for a moment and gives it back.
+async fn hold(gate: Arc<Gate>, running: Arc<Mutex<usize>>, priority: Priority) {
+    let urgency = Urgency::new(priority);
+    let permit = gate.acquire(&urgency).await.unwrap();
+    *running.lock().unwrap() += 1;
+    future::yield_now().await;
+    assert!(*running.lock().unwrap() <= 2);
+    *running.lock().unwrap() -= 1;
+    drop(permit);
+}
+
+/// Has these requests made at once, and looks at the gate when all is over.
+fn all_are_given_and_given_back(requests: &[Priority]) {
+    let gate = Arc::new(Gate::new(limits()));
+    let running = Arc::new(Mutex::new(0));
+    let start = |priority: &Priority| future::spawn(hold(gate.clone(), running.clone(), *priority));
+    let requests: Vec<_> = requests.iter().map(start).collect();
+    for request in requests {
+        block_on(request).unwrap();
+    }
+    assert_eq!((gate.running(), gate.waiting()), (0, [0; 3]));
+    // Would wait for ever, since time does not pass.
+    block_on(gate.yield_to_demand(Duration::from_secs(1)));
+}
+
+/// Seen to fail with: a permit that does not give its place back.
 #[test]
-fn places_are_given_to_all_and_given_back_and_nobody_yields_to_demand_that_is_over() {
+fn places_are_given_to_all_and_given_back() {
     explore(|| {
-        let gate = Arc::new(Gate::new(limits()));
-        let running = Arc::new(Mutex::new(0));
-        let requests: Vec<_> = [Priority::Demand, Priority::Prefetch, Priority::Hydrate, Priority::Demand]
-            .into_iter()
-            .map(|priority| {
-                let (gate, running) = (gate.clone(), running.clone());
-                future::spawn(async move {
-                    let urgency = Urgency::new(priority);
-                    let permit = gate.acquire(&urgency).await.unwrap();
-                    *running.lock().unwrap() += 1;
-                    future::yield_now().await;
-                    assert!(*running.lock().unwrap() <= 2);
-                    *running.lock().unwrap() -= 1;
-                    drop(permit);
-                })
-            })
-            .collect();
-        for request in requests {
-            block_on(request).unwrap();
-        }
-        assert_eq!((gate.running(), gate.waiting()), (0, [0; 3]));
-        // Would wait for ever, since time does not pass.
-        block_on(gate.yield_to_demand(Duration::from_secs(1)));
+        all_are_given_and_given_back(&[Priority::Demand, Priority::Prefetch, Priority::Hydrate, Priority::Demand]);
     });
+}
+
+/// Seen to fail with: the state of demand told after the lock of the queue was let go, as it was before this test. Only few take
+/// part, since one must not move while the others come to their end.
+#[test]
+fn nobody_yields_to_demand_that_is_over() {
+    explore(|| all_are_given_and_given_back(&[Priority::Hydrate, Priority::Demand]));
 }
 
 /// Seen to fail with: a drop of `Permit` that only ends what runs (a place in the queue that nobody waits for is granted).
