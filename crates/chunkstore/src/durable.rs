@@ -10,6 +10,8 @@ use crate::StoreError;
 /// A step of the store on the disk, in the order in which they follow each other.
 #[derive(Debug, Clone, Copy, PartialEq, Eq, Hash)]
 pub enum Step {
+    /// Bytes that were found present are read.
+    ReadData,
     /// Bytes of a chunk are written.
     WriteData,
     /// Written chunks are forced to the disk.
@@ -22,6 +24,8 @@ pub enum Step {
     SyncDirectory,
     /// Metadata is committed to the database.
     Commit,
+    /// The space of chunks that were given up is freed.
+    Punch,
 }
 
 /// Lets a test make the disk fail, or stop, before any step.
@@ -63,10 +67,20 @@ pub(crate) fn sync_dir(faults: &dyn Faults, dir: &Path) -> Result<(), StoreError
         .map_err(|e| StoreError::io("sync", dir, e))
 }
 
+/// Takes away what stands where a file of ours should be and is none: a directory, a link. A file stays.
+pub(crate) fn clear_way(path: &Path) -> Result<(), StoreError> {
+    match fs::symlink_metadata(path) {
+        Ok(found) if found.is_dir() => remove_tree(path),
+        Ok(found) if !found.is_file() => remove_file(path),
+        _ => Ok(()),
+    }
+}
+
 /// Puts `bytes` at `path` for good: whoever opens it later, also after a power cut, finds the old bytes or the new ones.
 ///
 /// Callers see to it that one path is replaced by one thread at a time.
 pub(crate) fn replace(faults: &dyn Faults, path: &Path, bytes: &[u8]) -> Result<(), StoreError> {
+    clear_way(path)?;
     let temporary = temporary_path(path);
     let written = faults.before(Step::WriteTemporary, path).and_then(|()| {
         let mut file = private_file().truncate(true).open(&temporary)?;

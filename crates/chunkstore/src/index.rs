@@ -80,14 +80,20 @@ pub(crate) struct Index {
 }
 
 impl Index {
-    pub(crate) fn open(db: Arc<Database>, faults: Arc<dyn Faults>) -> Result<Self, StoreError> {
+    /// Makes tables that are missing. Numbers begin above `numbers_above` where none was given out yet.
+    pub(crate) fn open(db: Arc<Database>, faults: Arc<dyn Faults>, numbers_above: u32) -> Result<Self, StoreError> {
         let index = Self { db, faults };
         index.change(|tx| {
             tx.open_table(LAYERS)?;
             tx.open_table(VIEWS)?;
             tx.open_table(VIEW_KEYS)?;
             tx.open_table(VIEW_SUMS)?;
-            tx.open_table(COUNTERS)?;
+            let mut counters = tx.open_table(COUNTERS)?;
+            for what in ["layer", "view"].into_iter().filter(|_| numbers_above > 0) {
+                if counters.get(what)?.is_none() {
+                    counters.insert(what, numbers_above.min(MAX_NUMBER))?;
+                }
+            }
             Ok(())
         })?;
         Ok(index)
@@ -271,7 +277,7 @@ mod tests {
     fn index() -> (tempfile::TempDir, Index) {
         let dir = tempfile::tempdir().unwrap();
         let db = Arc::new(Database::create(dir.path().join("db")).unwrap());
-        (dir, Index::open(db, Arc::new(crate::NoFaults)).unwrap())
+        (dir, Index::open(db, Arc::new(crate::NoFaults), 0).unwrap())
     }
 
     #[test]

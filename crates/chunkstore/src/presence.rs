@@ -37,6 +37,13 @@ impl Presence {
         self.words.get(ix as usize / 64).is_some_and(|word| word.fetch_or(bit(ix), Ordering::AcqRel) & bit(ix) == 0)
     }
 
+    /// Takes the mark of chunk `ix` back.
+    pub(crate) fn clear(&self, ix: u32) {
+        if let Some(word) = self.words.get(ix as usize / 64) {
+            word.fetch_and(!bit(ix), Ordering::AcqRel);
+        }
+    }
+
     /// Takes back every mark that `kept` does not have. Gives the chunks that lost theirs.
     pub(crate) fn keep(&self, kept: &[u64]) -> Vec<u32> {
         let mut lost = Vec::new();
@@ -56,6 +63,13 @@ impl Presence {
 /// Whether `words`, as [`Presence::snapshot`] gives them, have chunk `ix`.
 pub(crate) fn is_set(words: &[u64], ix: u32) -> bool {
     words.get(ix as usize / 64).is_some_and(|word| word & bit(ix) != 0)
+}
+
+/// Takes chunk `ix` out of `words`.
+pub(crate) fn unset(words: &mut [u64], ix: u32) {
+    if let Some(word) = words.get_mut(ix as usize / 64) {
+        *word &= !bit(ix);
+    }
 }
 
 fn bit(ix: u32) -> u64 {

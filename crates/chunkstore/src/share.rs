@@ -48,6 +48,8 @@ struct Match {
 struct Run {
     source: usize,
     chunks: Range<ChunkIx>,
+    /// The first of them in the other layer.
+    theirs: ChunkIx,
     /// Up to the next multiple of the alignment, so that whole blocks can be shared.
     to: DataRange,
     from: u64,
@@ -191,10 +193,9 @@ impl Shares {
         let Some(run) = run else { return Ok(0) };
         let other = &self.sources[run.source].0;
         self.layer.check_trusted()?;
+        let theirs = run.theirs..run.theirs.saturating_add(run.chunks.end - run.chunks.start);
         self.layer.put(run.chunks, |data| {
-            copy_range(other.data_file(), run.from, data, run.to.start, run.to.len())?;
-            // As in `put`, for the other TOC.
-            other.check_trusted().map_err(io::Error::other)
+            other.give(theirs, |from| copy_range(from, run.from, data, run.to.start, run.to.len()))
         })
     }
 }
@@ -203,6 +204,7 @@ impl Run {
     fn joins(&self, next: &Self) -> bool {
         self.source == next.source
             && self.chunks.end == next.chunks.start
+            && self.theirs + (self.chunks.end - self.chunks.start) == next.theirs
             && self.to.end == next.to.start
             && self.from + self.to.len() == next.from
             && self.to.len() + next.to.len() <= RUN
@@ -222,6 +224,7 @@ fn run(source: usize, one: &ContentRecord, their: &ContentRecord, place: u32) ->
     Run {
         source,
         chunks: chunk..chunk + 1,
+        theirs: their.first_chunk.get() + place,
         // Behind the end of a file there is nothing up to the alignment, in either data file.
         to: DataRange::new(start, (one.data_off.get() + end).next_multiple_of(DATA_ALIGN)),
         from: their.data_off.get() + offset,

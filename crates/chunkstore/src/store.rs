@@ -15,7 +15,8 @@ use redb::Database;
 
 use crate::durable::{self, Faults, NoFaults};
 use crate::index::{Index, LayerRecord};
-use crate::{Layer, LayerState, StoreError, content_keys};
+use crate::layer::DATA_FILE;
+use crate::{Layer, LayerState, Space, StoreError, content_keys};
 
 /// Threads that write the tables of an image's layers.
 const WRITERS: usize = 8;
@@ -42,13 +43,16 @@ pub struct StoreOptions {
     /// Layers that were written to are synced this often by a thread of the store. Zero: only by [`Layer::sync`] and
     /// [`Store::sync_all`].
     pub sync_interval: Duration,
+    /// Layers and views of a database that has given out no number yet get numbers above this one: for a new database on a
+    /// root whose old one was lost, and whose numbers the kernel may still know.
+    pub numbers_above: u32,
     /// Lets tests make the disk fail.
     pub faults: Arc<dyn Faults>,
 }
 
 impl Default for StoreOptions {
     fn default() -> Self {
-        Self { sync_interval: Duration::from_secs(5), faults: Arc::new(NoFaults) }
+        Self { sync_interval: Duration::from_secs(5), numbers_above: 0, faults: Arc::new(NoFaults) }
     }
 }
 
@@ -61,6 +65,9 @@ pub struct Store {
     layers: Arc<Layers>,
     /// Held by [`Store::admit`], [`Store::admit_all`] and [`Store::remove`]: they change the same directories.
     admission: Mutex<()>,
+    space: Arc<Space>,
+    /// Held by [`Store::evict`]: of two layers that take content over from each other, one at most is waited for.
+    evicting: Mutex<()>,
     /// Held while it is looked for equal contents: one look at a time needs memory and makes files of keys.
     pub(crate) comparing: Mutex<()>,
     _sync: Option<SyncThread>,
@@ -115,7 +122,7 @@ impl Store {
         for dir in [root.to_owned(), root.join("layers"), root.join("views")] {
             durable::make_dir(&dir)?;
         }
-        let index = Arc::new(Index::open(db, options.faults.clone())?);
+        let index = Arc::new(Index::open(db, options.faults.clone(), options.numbers_above)?);
         let layers = Arc::new(Layers::default());
         let sync = SyncThread::start(&layers, options.sync_interval)?;
         let store = Self {
@@ -124,6 +131,8 @@ impl Store {
             faults: options.faults,
             layers,
             admission: Mutex::default(),
+            space: Arc::default(),
+            evicting: Mutex::default(),
             comparing: Mutex::default(),
             _sync: sync,
         };
@@ -135,12 +144,11 @@ impl Store {
 
     fn load(&self) -> Result<(), StoreError> {
         for (digest, record) in self.index.layers()? {
-            let opened = record.and_then(|record| self.open_layer(digest, record));
+            let opened = record.and_then(|record| self.open_or_empty(digest, record));
             let mut tables = self.layers.write();
             match opened {
                 Ok(layer) => tables.insert(&layer),
                 Err(error) => {
-                    tracing::error!(layer = %digest, %error, "layer is damaged");
                     tables.damaged.insert(digest, error.to_string());
                 }
             }
@@ -148,9 +156,36 @@ impl Store {
         Ok(())
     }
 
+    /// Opens a layer; a verified one whose data is lost starts empty. Its names and attributes need nobody else.
+    fn open_or_empty(&self, digest: Digest, record: LayerRecord) -> Result<Arc<Layer>, StoreError> {
+        let (toc, number) = (record.toc, record.number);
+        let opened = self.open_layer(digest, record);
+        if !matches!(&opened, Err(StoreError::Damaged { what: DATA_FILE, .. })) {
+            return opened;
+        }
+        self.empty(&digest, toc, number)?;
+        let record = self.index.layer(&digest)?.ok_or_else(|| StoreError::Unknown { object: digest.to_string() })?;
+        let dir = self.layer_dir(&digest);
+        let (index, faults, space) = (self.index.clone(), self.faults.clone(), self.space.clone());
+        let layer = Layer::open(&dir, digest, record, index, faults, space)?;
+        Ok(Arc::new(layer.with_lost("its data file was gone or had another length")))
+    }
+
+    /// Records that nothing of a layer's content is here.
+    fn empty(&self, digest: &Digest, toc: Digest, number: u32) -> Result<(), StoreError> {
+        let dir = self.layer_dir(digest);
+        durable::make_dir(&dir)?;
+        for file in ["data", "present"] {
+            durable::clear_way(&dir.join(file))?;
+            durable::remove_file(&dir.join(file))?;
+        }
+        self.index.put_layer(digest, toc, Some(number)).map(drop)
+    }
+
     fn open_layer(&self, digest: Digest, record: LayerRecord) -> Result<Arc<Layer>, StoreError> {
         let dir = self.layer_dir(&digest);
-        Layer::open(&dir, digest, record, self.index.clone(), self.faults.clone()).map(Arc::new)
+        let (index, faults, space) = (self.index.clone(), self.faults.clone(), self.space.clone());
+        Layer::open(&dir, digest, record, index, faults, space).map(Arc::new)
     }
 
     /// Removes directories that no record names and temporary files.
@@ -167,6 +202,10 @@ impl Store {
                 tracing::info!(file = %entry.path().display(), "removing what an interrupted admission left behind");
                 discard(&entry.path());
                 continue;
+            }
+            // Made again when it is needed; what is in its place would be in the way.
+            if let Err(error) = durable::clear_way(&entry.path().join(content_keys::FILE)) {
+                tracing::warn!(%error, "something stays where the keys of a layer should be");
             }
             for file in ["toc.tmp", "present.tmp", content_keys::TEMPORARY] {
                 if let Err(error) = durable::remove_file(&entry.path().join(file)) {
@@ -292,8 +331,8 @@ impl Store {
             return Err(StoreError::Quarantined { layer: digest, reason });
         }
         let dir = self.layer_dir(&digest);
-        if known.is_none() {
-            durable::remove_tree(&dir)?;
+        if known.is_none() || !dir.is_dir() {
+            durable::remove_tree(&dir).or_else(|_| durable::remove_file(&dir))?;
         }
         durable::make_dir(&dir)?;
         durable::replace(&*self.faults, &dir.join("toc"), toc)?;
@@ -302,15 +341,8 @@ impl Store {
             let record = self.index.put_layer(&digest, toc_digest, None)?;
             return self.open_layer(digest, record);
         };
-        let number = record.number;
-        self.open_layer(digest, record).or_else(|error| {
-            // The TOC is good now; what is left to be wrong is the data of a verified layer. Begin again without it.
-            tracing::warn!(layer = %digest, %error, "damaged layer starts empty");
-            durable::remove_file(&dir.join("data"))?;
-            durable::remove_file(&dir.join("present"))?;
-            let record = self.index.put_layer(&digest, toc_digest, Some(number))?;
-            self.open_layer(digest, record)
-        })
+        // The TOC is good now; what is left to be wrong is the data of a verified layer.
+        self.open_or_empty(digest, record)
     }
 
     /// The layer of a blob.
@@ -337,6 +369,20 @@ impl Store {
         self.layers.read().damaged.iter().map(|(digest, reason)| (*digest, reason.clone())).collect()
     }
 
+    /// Treats a layer as one that could not be opened: its files were changed while it was in use. Whoever holds it keeps it.
+    /// [`Store::admit`] takes it in again.
+    pub fn set_damaged(&self, digest: &Digest, reason: String) {
+        let mut tables = self.layers.write();
+        tables.remove(digest);
+        tables.damaged.insert(*digest, reason);
+    }
+
+    /// Whether the layer is here and could not be opened.
+    #[must_use]
+    pub fn is_damaged(&self, digest: &Digest) -> bool {
+        self.layers.read().damaged.contains_key(digest)
+    }
+
     /// Removes a layer and its number. Its names are gone at once; handles that are still held can go on reading, what
     /// they write goes nowhere, and the space is free when the last of them is dropped.
     ///
@@ -352,6 +398,30 @@ impl Store {
             layer.mark_removed();
         }
         durable::remove_tree(&self.layer_dir(digest))
+    }
+
+    /// Its directory.
+    #[must_use]
+    pub fn root(&self) -> &Path {
+        &self.root
+    }
+
+    /// What its content takes of the disk, and may take.
+    #[must_use]
+    pub fn space(&self) -> &Space {
+        &self.space
+    }
+
+    /// Gives up content of a layer until `wanted` bytes of disk space are free or nothing of it is left; gives the bytes that
+    /// are free now. What is given up is missing from then on, and a verified layer is lazy: the caller has seen to it that
+    /// there are sources. Reads that are under way get their bytes; until the end of the eviction nothing of the layer is
+    /// stored. Blocks.
+    ///
+    /// # Errors
+    /// Those of disk and database; then nothing is given up, or it is and its space is not free yet.
+    pub fn evict(&self, layer: &Layer, wanted: u64) -> Result<u64, StoreError> {
+        let _one_at_a_time = self.evicting.lock().unwrap_or_else(PoisonError::into_inner);
+        layer.evict(wanted)
     }
 
     /// Syncs every layer that was written to, as before an orderly end.

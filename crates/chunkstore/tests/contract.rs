@@ -227,7 +227,7 @@ fn a_removal_that_waits_for_a_sync_holds_up_no_other_layer() {
     let (began, has_begun) = sync_channel(0);
     let (let_go, go_on) = sync_channel(0);
     let faults = Arc::new(SlowSync { began, go_on: Mutex::new(go_on) });
-    let options = StoreOptions { sync_interval: Duration::ZERO, faults };
+    let options = StoreOptions { sync_interval: Duration::ZERO, faults, ..StoreOptions::default() };
     let store = Store::open(&place.root(), db, options).unwrap();
     let (slow, other) = (store.admit(&toc(1)).unwrap(), store.admit(&toc(2)).unwrap());
     fill(&slow);

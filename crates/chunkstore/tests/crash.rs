@@ -4,11 +4,14 @@
 mod fixture;
 
 use std::fs;
+use std::os::unix::fs::FileExt;
+use std::path::Path;
 
-use fixture::{Place, bytes_of, chunks, fill, read, toc};
-use millstream_chunkstore::{LayerState, Step};
+use fixture::{Place, bytes_of, chunks, fill, noise, read, toc};
+use millstream_chunkstore::{Layer, LayerState, Step};
 use millstream_oci::Digest;
 use millstream_toc::DataRange;
+use millstream_toc::read::Chunk;
 
 const CRASH: i32 = 5;
 const STEPS: [Step; 5] = [Step::SyncData, Step::WriteTemporary, Step::Rename, Step::SyncDirectory, Step::Commit];
@@ -189,18 +192,124 @@ fn a_damaged_presence_file_means_nothing_is_present() {
 }
 
 #[test]
-fn a_short_data_file_empties_a_lazy_layer_and_damages_a_verified_one() {
-    for verified in [false, true] {
+fn a_lost_data_file_empties_its_layer_which_says_so() {
+    let harms: [fn(&Path); 4] = [
+        |file| fs::File::options().write(true).open(file).unwrap().set_len(5000).unwrap(),
+        |file| fs::remove_file(file).unwrap(),
+        |file| {
+            fs::remove_file(file).unwrap();
+            fs::create_dir_all(file.join("deep")).unwrap();
+        },
+        |file| {
+            fs::remove_file(file).unwrap();
+            std::os::unix::fs::symlink(file, file).unwrap();
+        },
+    ];
+    for (harm, verified) in harms.into_iter().flat_map(|harm| [(harm, false), (harm, true)]) {
         let (place, one, two) = two_layers(verified);
-        fs::File::options().write(true).open(place.file(&one, "data")).unwrap().set_len(5000).unwrap();
+        harm(&place.file(&one, "data"));
         let store = place.open();
-        assert_eq!(store.damaged().len(), usize::from(verified));
-        let layer = store.admit(&toc(1)).unwrap();
+        assert!(store.damaged().is_empty());
+        // Its names are there without anybody's help.
+        let layer = store.layer(&one).unwrap();
         assert_eq!((layer.number(), layer.state(), layer.bytes_present()), (1, LayerState::Lazy, 0));
+        assert!(layer.lost().is_some());
         fill(&layer);
         layer.set_verified().unwrap();
-        assert_eq!(store.layer(&two).unwrap().bytes_present(), 90_000);
+        let other = store.layer(&two).unwrap();
+        assert_eq!((other.bytes_present(), other.lost()), (90_000, None));
+        drop((layer, other, store));
+        assert_eq!(place.open().layer(&one).unwrap().lost(), None);
     }
+}
+
+#[test]
+fn a_lost_table_keeps_what_is_here_of_the_content() {
+    let harms: [fn(&Path); 4] = [
+        |file| fs::remove_file(file).unwrap(),
+        |file| fs::write(file, "no table").unwrap(),
+        |file| {
+            fs::remove_file(file).unwrap();
+            fs::create_dir(file).unwrap();
+        },
+        |file| {
+            fs::remove_file(file).unwrap();
+            std::os::unix::fs::symlink(file, file).unwrap();
+        },
+    ];
+    for (harm, verified) in harms.into_iter().flat_map(|harm| [(harm, false), (harm, true)]) {
+        let (place, one, _) = two_layers(verified);
+        harm(&place.file(&one, "toc"));
+        let store = place.open();
+        assert!(store.is_damaged(&one));
+        store.admit_all(&[toc(1)]).unwrap();
+        let layer = store.layer(&one).unwrap();
+        assert_eq!((layer.number(), layer.bytes_present(), layer.lost()), (1, 90_000, None));
+        assert_eq!(layer.state() == LayerState::Verified, verified);
+    }
+}
+
+/// Bytes of a chunk as the tar of `toc(1)` has them.
+fn content_of(layer: &Layer, chunk: Chunk) -> Vec<u8> {
+    let ix = layer.toc().content_of_chunk(chunk.ix).unwrap();
+    let record = layer.toc().content(ix).unwrap();
+    let whole = if record.size.get() == 70_000 { noise(1, 70_000) } else { noise(1001, 20_000) };
+    let start = (chunk.data.start - record.data_off.get()) as usize;
+    whole[start..][..chunk.data.len() as usize].to_vec()
+}
+
+#[test]
+fn wrong_bytes_are_found_and_taken_out_for_good() {
+    for verified in [false, true] {
+        let (place, one, _) = two_layers(verified);
+        let store = place.open();
+        let layer = store.layer(&one).unwrap();
+        // The content that the digests are of.
+        for chunk in chunks(layer.toc()) {
+            layer.rewrite(chunk, &content_of(&layer, chunk)).unwrap();
+        }
+        assert_eq!(layer.check_chunks(|_| true).unwrap(), []);
+        let file = fs::File::options().read(true).write(true).open(place.file(&one, "data")).unwrap();
+        let mut byte = [0];
+        file.read_exact_at(&mut byte, 40_000).unwrap();
+        file.write_all_at(&[byte[0] ^ 1], 40_000).unwrap();
+        let mut checked = 0;
+        let wrong = layer.check_chunks(|bytes| {
+            checked += bytes;
+            true
+        });
+        let wrong = wrong.unwrap();
+        assert_eq!((checked, wrong.len()), (90_000, 1));
+        let [ix] = wrong[0].chunks[..] else { panic!("{wrong:?}") };
+        let chunk = layer.toc().chunk(ix).unwrap();
+        assert!(chunk.data.start <= 40_000 && 40_000 < chunk.data.end);
+        layer.drop_chunks(&[ix]).unwrap();
+        let is_out = |layer: &Layer| {
+            assert_eq!(layer.state(), LayerState::Lazy);
+            assert_eq!(layer.missing(chunk.data).unwrap(), [chunk]);
+            assert_eq!(layer.bytes_present(), 90_000 - chunk.data.len());
+        };
+        is_out(&layer);
+        drop((layer, store));
+        let store = place.open();
+        is_out(&store.layer(&one).unwrap());
+        let layer = store.layer(&one).unwrap();
+        layer.write(chunk, &content_of(&layer, chunk)).unwrap();
+        layer.set_verified().unwrap();
+        assert_eq!(layer.check_chunks(|_| true).unwrap(), []);
+    }
+}
+
+#[test]
+fn a_presence_file_that_is_damaged_under_a_running_store_is_written_anew() {
+    let (place, one, _) = two_layers(false);
+    let store = place.open();
+    let layer = store.layer(&one).unwrap();
+    assert!(layer.check_presence().unwrap() && layer.check_toc().unwrap());
+    fs::write(place.file(&one, "present"), "damaged").unwrap();
+    assert!(!layer.check_presence().unwrap());
+    drop((layer, store));
+    assert_eq!(place.open().layer(&one).unwrap().bytes_present(), 90_000);
 }
 
 #[test]

@@ -60,6 +60,8 @@ pub(crate) enum Command {
         #[arg(long)]
         dry_run: bool,
     },
+    /// Compare everything in this node's store with what it should be; what is wrong is fetched again. Containers go on.
+    Check,
     /// Check this node: kernel, disk, daemons, server, containerd and its configuration.
     Doctor(DoctorArguments),
     /// Import an image on the server, so that nodes can stream it; without a server, index one that containerd here has.

@@ -1,17 +1,21 @@
 //! What the exit code of `millstream` means: the whole table is here.
 
+use std::error::Error;
 use std::process::ExitCode;
+
+use millstream_containerd::ContainerdError;
+use millstream_source::{ErrorKind, SourceError};
 
 /// How a command ended.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
 pub(crate) enum Exit {
     /// It was done.
     Ok,
-    /// It was tried and did not work; `doctor`: a check failed.
+    /// It was tried and did not work; `doctor`: a check failed; `check`: something is damaged still.
     Failed,
-    /// A daemon cannot be reached, or does not answer.
+    /// A daemon or registry cannot be reached, or does not answer.
     Unreachable,
-    /// The image is not on this node, or not on the server's registry.
+    /// The image, or a variant for the platform, is not on this node or not at its registry.
     NotFound,
     /// It was not done in the time that `--timeout` gave; it goes on.
     TimedOut,
@@ -34,9 +38,9 @@ impl Exit {
 pub(crate) const TABLE: &str = "\
 Exit codes:
   0  done
-  1  tried, and it did not work; doctor: a check failed
+  1  tried, and it did not work; doctor: a check failed; check: something is damaged still
   2  the command line makes no sense
-  3  a daemon cannot be reached or does not answer
+  3  a daemon or registry cannot be reached or does not answer
   4  the image is not there
   5  not done in the time given with --timeout; it goes on";
 
@@ -92,7 +96,24 @@ impl From<tonic::Status> for Failure {
 
 /// The exit code for an error, wherever in its causes one with a code is.
 pub(crate) fn of(error: &anyhow::Error) -> Exit {
-    error.chain().find_map(|cause| cause.downcast_ref::<Failure>()).map_or(Exit::Failed, |failure| failure.exit)
+    error.chain().find_map(of_cause).unwrap_or(Exit::Failed)
+}
+
+fn of_cause(cause: &(dyn Error + 'static)) -> Option<Exit> {
+    if let Some(failure) = cause.downcast_ref::<Failure>() {
+        return Some(failure.exit);
+    }
+    if let Some(error) = cause.downcast_ref::<SourceError>() {
+        return match error.kind {
+            ErrorKind::NotFound => Some(Exit::NotFound),
+            ErrorKind::Unavailable | ErrorKind::TimedOut => Some(Exit::Unreachable),
+            _ => None,
+        };
+    }
+    match cause.downcast_ref::<ContainerdError>()? {
+        ContainerdError::Unreachable { .. } | ContainerdError::TimedOut { .. } => Some(Exit::Unreachable),
+        _ => None,
+    }
 }
 
 #[cfg(test)]
@@ -111,5 +132,10 @@ mod tests {
         let error = anyhow::Error::from(Failure::new(Exit::NotFound, "not there")).context("looking");
         assert_eq!(of(&error), Exit::NotFound);
         assert_eq!(of(&anyhow::anyhow!("something else")), Exit::Failed);
+        let registry =
+            |kind| anyhow::Error::from(SourceError::new(kind, "a request")).context("resolving r.example/a:1");
+        assert_eq!(of(&registry(ErrorKind::NotFound)), Exit::NotFound);
+        assert_eq!(of(&registry(ErrorKind::Unavailable)), Exit::Unreachable);
+        assert_eq!(of(&registry(ErrorKind::Denied)), Exit::Failed);
     }
 }

@@ -2,6 +2,7 @@
 
 mod arguments;
 mod ask;
+mod check;
 mod connect;
 mod doctor;
 mod exit;
@@ -60,6 +61,7 @@ async fn run(arguments: Arguments) -> anyhow::Result<Outcome> {
         }
         Command::Pull(wanted) => pull::run(&wanted, &node, output).await?,
         Command::Gc { dry_run } => ask::gc(&node, dry_run, output).await?,
+        Command::Check => return check::run(&node, output).await,
         Command::Doctor(arguments) => return doctor::run(&arguments, socket.as_deref(), output).await,
         Command::Import { image, server } => import::run(&image, &server, &node, output).await?,
         Command::Streaming { state } => ask::streaming(&node, state, output).await?,

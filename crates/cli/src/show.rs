@@ -16,6 +16,7 @@ pub(crate) fn document(value: &Value) -> anyhow::Result<String> {
 /// Result of `millstream status`.
 pub(crate) fn status(status: &wire::StatusResponse, output: Output) -> anyhow::Result<String> {
     let transfer = status.transfer.unwrap_or_default();
+    let store = status.store.clone().unwrap_or_default();
     if output == Output::Json {
         let layers: Vec<Value> = status.layers.iter().map(layer_json).collect();
         return document(&json!({
@@ -23,6 +24,8 @@ pub(crate) fn status(status: &wire::StatusResponse, output: Output) -> anyhow::R
             "streaming": status.streaming_enabled,
             "hydration": status.hydration_enabled,
             "layers": layers,
+            "store": store_json(&store),
+            "damages": status.damages.iter().map(damage_json).collect::<Vec<_>>(),
             "transfer": {
                 "demand_bytes": transfer.demand_bytes,
                 "hydrate_bytes": transfer.hydrate_bytes,
@@ -44,7 +47,14 @@ pub(crate) fn status(status: &wire::StatusResponse, output: Output) -> anyhow::R
         HumanBytes(transfer.metadata_bytes),
         transfer.requests
     )?;
-    writeln!(text, "not transferred:         {} shared with other images\n", HumanBytes(transfer.shared_bytes))?;
+    writeln!(text, "not transferred:         {} shared with other images", HumanBytes(transfer.shared_bytes))?;
+    write_store(&mut text, &store)?;
+    for damage in &status.damages {
+        writeln!(text, "DAMAGED  {}  {}\n    {}", damage.code, damage.object, damage.reason)?;
+    }
+    if !status.damages.is_empty() {
+        writeln!(text)?;
+    }
     if status.layers.is_empty() {
         writeln!(text, "no lazy layers on this node")?;
         return Ok(text);
@@ -62,6 +72,34 @@ pub(crate) fn status(status: &wire::StatusResponse, output: Output) -> anyhow::R
     Ok(text)
 }
 
+fn write_store(text: &mut String, store: &wire::Store) -> std::fmt::Result {
+    let bound = match (store.quota_bytes, store.limit_bytes) {
+        (0, u64::MAX) => String::new(),
+        (0, limit) => format!(" of {} that the disk has for it", HumanBytes(limit)),
+        (quota, _) => format!(" of a quota of {}", HumanBytes(quota)),
+    };
+    let (used, evicted) = (HumanBytes(store.used_bytes), HumanBytes(store.evicted_bytes));
+    writeln!(text, "on disk:                 {used}{bound}, {evicted} given up since the start")?;
+    if !store.trouble.is_empty() {
+        writeln!(
+            text,
+            "nothing is stored:       {}; content is served without; hint: see TROUBLESHOOTING",
+            store.trouble
+        )?;
+    }
+    writeln!(text)
+}
+
+fn store_json(store: &wire::Store) -> Value {
+    json!({
+        "used_bytes": store.used_bytes,
+        "limit_bytes": store.limit_bytes,
+        "quota_bytes": store.quota_bytes,
+        "evicted_bytes": store.evicted_bytes,
+        "trouble": store.trouble,
+    })
+}
+
 fn state(layer: &wire::LayerStatus) -> &'static str {
     match layer.state() {
         wire::layer_status::State::Unknown => "damaged",
@@ -71,12 +109,17 @@ fn state(layer: &wire::LayerStatus) -> &'static str {
     }
 }
 
+fn damage_json(damage: &wire::Damage) -> Value {
+    json!({ "code": damage.code, "object": damage.object, "reason": damage.reason })
+}
+
 fn layer_json(layer: &wire::LayerStatus) -> Value {
     json!({
         "layer": layer.layer,
         "state": state(layer),
         "bytes_total": layer.bytes_total,
         "bytes_present": layer.bytes_present,
+        "bytes_synced": layer.bytes_synced,
         "images": layer.images,
         "reason": layer.reason,
     })

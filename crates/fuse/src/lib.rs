@@ -5,4 +5,4 @@ pub mod errno;
 pub mod session;
 
 pub use adapter::{Adapter, Content, ContentError};
-pub use session::{Connection, Session};
+pub use session::{Connection, Invalidator, Session};

@@ -4,7 +4,8 @@ use std::io;
 use std::os::fd::{AsFd, OwnedFd};
 use std::thread::JoinHandle;
 
-use fuser::{Config, Filesystem, SessionACL};
+use fuser::{Config, Filesystem, INodeNo, Notifier, SessionACL};
+use millstream_layerfs::NodeId;
 use millstream_sys::fuse_device;
 use tracing::{info, warn};
 
@@ -24,9 +25,29 @@ pub struct Connection {
     pub answer: Option<Vec<u8>>,
 }
 
+/// Makes the kernel forget bytes of files that it keeps. Cheap to clone.
+#[derive(Debug, Clone)]
+pub struct Invalidator(Notifier);
+
+impl Invalidator {
+    /// Takes all bytes of the file out of the page cache; mapped pages are read anew when they are next touched. May wait for
+    /// reads of the file that are under way, so not on a thread that answers them.
+    ///
+    /// # Errors
+    /// Those of the device. A file of which the kernel keeps nothing is fine.
+    pub fn forget(&self, file: NodeId) -> io::Result<()> {
+        // From the beginning, and to the end.
+        match self.0.inval_inode(INodeNo(file.raw()), 0, 0) {
+            Err(error) if error.kind() == io::ErrorKind::NotFound => Ok(()),
+            result => result,
+        }
+    }
+}
+
 /// A connection that is being served.
 #[derive(Debug)]
 pub struct Session {
+    invalidator: Invalidator,
     thread: JoinHandle<io::Result<()>>,
 }
 
@@ -69,8 +90,15 @@ impl Session {
                 info!("took over the FUSE connection");
             }
         }
+        let invalidator = Invalidator(session.notifier());
         let thread = std::thread::Builder::new().name("fuse".into()).spawn(move || session.run())?;
-        Ok(Self { thread })
+        Ok(Self { invalidator, thread })
+    }
+
+    /// What makes the kernel forget.
+    #[must_use]
+    pub fn invalidator(&self) -> Invalidator {
+        self.invalidator.clone()
     }
 
     /// Waits until the connection ends: it was unmounted or aborted.

@@ -3,8 +3,9 @@
 //! When containerd must create a parent directory that the archive does not describe, it looks for the same path in each
 //! lower layer's directory by itself, from the top one down, follows symbolic links inside of that layer, and copies from
 //! the first thing it finds if that is a directory. So opaque marks do not count here, whiteouts do, and a link in a lower
-//! layer leads to the directory it names. (Where a parent of the path is a whiteout or a file in the layer that is looked
-//! at, containerd fails to apply the layer; here that counts as found and not a directory.)
+//! layer leads to the directory it names. Where a *parent* of the path is a whiteout or a file in the layer that is looked
+//! at, containerd fails to apply the layer: [`contradiction`] finds that before an image is taken, and in a view that is
+//! built all the same nobody describes the directory.
 
 use std::rc::Rc;
 
@@ -38,8 +39,10 @@ enum At<'a> {
         /// Where it really is, if a link led to it.
         moved: Option<Rc<Path<'a>>>,
     },
-    /// A whiteout, a file, or a dead end of links.
+    /// A whiteout, or a file.
     Other,
+    /// A parent of the path is one of those, or links lead round in circles: there is no way to look.
+    Blocked,
 }
 
 /// Whose attributes a directory has.
@@ -48,6 +51,43 @@ pub(crate) enum Owner {
     Inode(u16, InodeIx),
     /// Something outside of the run.
     Foreign(DirectoryAttributes),
+}
+
+/// A directory that a layer implies and containerd could not make.
+#[derive(Debug, Clone, PartialEq, Eq)]
+pub struct Contradiction {
+    /// Position of the layer, 0 being the bottom one.
+    pub layer: usize,
+    /// Its path in the layer, without a leading slash.
+    pub path: Vec<u8>,
+}
+
+/// The first directory, from the bottom up, for which containerd would look behind a file or a whiteout of a lower layer: it
+/// fails then, with "not a directory". `layers` is the whole image, or its lower part, bottom first.
+///
+/// # Errors
+/// A table is damaged, or there are too many links to follow.
+pub fn contradiction(layers: &[ViewLayer]) -> Result<Option<Contradiction>, ViewError> {
+    let mut look = Inheritance::new(layers, None);
+    for (layer, position) in layers.iter().zip(0..).skip(1) {
+        let mut todo = vec![(0, Path::new())];
+        while let Some((directory, path)) = todo.pop() {
+            let failed = |source| ViewError::Layer { layer: layer.number, source };
+            let directory = layer.toc.inode(directory).map_err(failed)?;
+            let made = directory.is_implied() || directory.is_late();
+            if made && !path.is_empty() && look.is_blocked(position, &path)? {
+                return Ok(Some(Contradiction { layer: position.into(), path: path.join(&b'/') }));
+            }
+            for child in layer.toc.children(&directory).map_err(failed)? {
+                let child = child.map_err(failed)?;
+                let Some(inode) = child.inode else { continue };
+                if layer.toc.inode(inode).map_err(failed)?.is_dir() {
+                    todo.push((inode, [path.as_slice(), &[child.name]].concat()));
+                }
+            }
+        }
+    }
+    Ok(None)
 }
 
 /// What a search through lower layers ends with.
@@ -87,7 +127,7 @@ impl<'a> Inheritance<'a> {
         let mut seen = Vec::new();
         for parent in parents {
             let at = match &parent.at {
-                At::Other => Some(At::Other),
+                At::Other | At::Blocked => Some(At::Blocked),
                 At::Directory { inode, moved } => {
                     let real = moved.as_ref().map_or(directory, |path| path.as_slice());
                     self.step(parent.layer, *inode, moved.is_some(), real, name)?
@@ -105,7 +145,7 @@ impl<'a> Inheritance<'a> {
         let mut maker = layer;
         for lower in seen.iter().filter(|lower| lower.layer < layer) {
             match &lower.at {
-                At::Other => return self.fresh_in(maker, path),
+                At::Other | At::Blocked => return self.fresh_in(maker, path),
                 At::Directory { inode, .. } if !self.is_implied(lower.layer, *inode)? => {
                     return Ok(Owner::Inode(lower.layer, *inode));
                 }
@@ -133,7 +173,7 @@ impl<'a> Inheritance<'a> {
             let components = path.iter().rev().copied().collect();
             match self.walk(lower, Vec::new(), components)? {
                 None => {}
-                Some(At::Other) => return Ok(Found::Nothing { maker, path }),
+                Some(At::Other | At::Blocked) => return Ok(Found::Nothing { maker, path }),
                 Some(At::Directory { inode, moved }) => {
                     if !self.is_implied(lower, inode)? {
                         return Ok(Found::Owner(Owner::Inode(lower, inode)));
@@ -144,6 +184,18 @@ impl<'a> Inheritance<'a> {
             }
         }
         Ok(self.owner_below(&path)?.map_or(Found::Nothing { maker, path }, Found::Owner))
+    }
+
+    /// Whether the search of the layer at position `layer` for what it should copy to `path` meets something that it cannot
+    /// look behind.
+    fn is_blocked(&mut self, layer: u16, path: &[&'a [u8]]) -> Result<bool, ViewError> {
+        for lower in (0..layer).rev() {
+            match self.walk(lower, Vec::new(), path.iter().rev().copied().collect())? {
+                None => {}
+                Some(at) => return Ok(matches!(at, At::Blocked)),
+            }
+        }
+        Ok(false)
     }
 
     /// What is below the run; `None` where that gives no attributes.
@@ -235,7 +287,9 @@ impl<'a> Inheritance<'a> {
             let directory = inodes.last().copied().unwrap_or(0);
             let at_layer = |source| self.in_layer(layer, source);
             let Some(entry) = toc.lookup(directory, name).map_err(at_layer)? else { return Ok(None) };
-            let Some(found) = entry.inode else { return Ok(Some(At::Other)) };
+            let is_last = todo.iter().all(|name| matches!(*name, b"" | b"."));
+            let end = if is_last { At::Other } else { At::Blocked };
+            let Some(found) = entry.inode else { return Ok(Some(end)) };
             let inode = toc.inode(found).map_err(at_layer)?;
             match inode.kind() {
                 Kind::Directory => {
@@ -251,7 +305,8 @@ impl<'a> Inheritance<'a> {
                     }
                     todo.extend(target.split(|byte| *byte == b'/').rev());
                 }
-                _ => return Ok(Some(At::Other)),
+                Kind::Symlink => return Ok(Some(At::Blocked)),
+                _ => return Ok(Some(end)),
             }
         }
         let inode = inodes.last().copied().unwrap_or(0);

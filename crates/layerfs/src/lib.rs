@@ -15,6 +15,7 @@ mod view_format;
 pub use attr::Attr;
 pub use below::{Below, BelowEntry, DirectoryAttributes};
 pub use fs::{DirEntry, Entry, File, FsError, LayerFs};
+pub use implied::{Contradiction, contradiction};
 pub use node_id::{Decoded, MAX_NUMBER, NodeId};
 pub use view::{View, ViewLayer};
 pub use view_build::{MAX_LAYERS, build_view};

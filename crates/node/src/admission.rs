@@ -56,9 +56,15 @@ impl Admission {
         self.dying().contains(layer)
     }
 
+    /// Keeps others from showing and hiding anything while the guard lives: for work on views as they are.
+    pub(crate) fn alone(&self) -> MutexGuard<'_, ()> {
+        // It guards no value.
+        self.showing.lock().unwrap_or_else(PoisonError::into_inner)
+    }
+
     /// Runs `build`, which shows some layers, unless one of these was given back.
     pub(crate) fn show<T>(&self, layers: &[Digest], build: impl FnOnce() -> T) -> Option<T> {
-        let _showing = self.showing.lock().unwrap_or_else(PoisonError::into_inner);
+        let _alone = self.alone();
         // Looked at under the lock: what is given back after this is hidden after this.
         if layers.iter().any(|layer| self.is_dying(layer)) { None } else { Some(build()) }
     }
@@ -79,7 +85,7 @@ impl Admission {
             return Ok(false);
         }
         {
-            let _showing = self.showing.lock().unwrap_or_else(PoisonError::into_inner);
+            let _alone = self.alone();
             hide(&dying)?;
         }
         for layer in &dying {

@@ -111,15 +111,15 @@ impl Catalog {
         format!("{repository}@{manifest}")
     }
 
-    /// An image of a repository (`registry/name`).
+    /// An image of a repository (`registry/name`). One whose record cannot be read is not known: its source has to be asked.
     ///
     /// # Errors
-    /// Those of the database, or a record that cannot be read.
+    /// Those of the database.
     pub fn image(&self, repository: &str, manifest: &ManifestDigest) -> anyhow::Result<Option<ImageRecord>> {
         let key = Self::key(repository, manifest);
         let table = self.db.begin_read()?.open_table(IMAGES)?;
         let Some(value) = table.get(key.as_str())? else { return Ok(None) };
-        serde_json::from_slice(value.value()).with_context(|| format!("record of image {key}")).map(Some)
+        Ok(serde_json::from_slice(value.value()).ok())
     }
 
     /// Remembers an image.
@@ -135,8 +135,7 @@ impl Catalog {
         Ok(())
     }
 
-    /// All images with their repository. Records that cannot be read are left out and logged: one of them must not keep the
-    /// daemon from starting.
+    /// All images with their repository. Records that cannot be read are left out: [`Catalog::unreadable`] has them.
     ///
     /// # Errors
     /// Those of the database.
@@ -146,9 +145,24 @@ impl Catalog {
         for entry in table.iter()? {
             let (key, value) = entry?;
             let repository = key.value().rsplit_once('@').map_or(key.value(), |(repository, _)| repository).to_owned();
-            match serde_json::from_slice(value.value()) {
-                Ok(record) => images.push((repository, record)),
-                Err(error) => tracing::warn!(image = key.value(), %error, "unreadable record of an image is ignored"),
+            if let Ok(record) = serde_json::from_slice(value.value()) {
+                images.push((repository, record));
+            }
+        }
+        Ok(images)
+    }
+
+    /// Images (`REPOSITORY@MANIFEST`) whose record cannot be read, and why.
+    ///
+    /// # Errors
+    /// Those of the database.
+    pub fn unreadable(&self) -> anyhow::Result<Vec<(String, String)>> {
+        let table = self.db.begin_read()?.open_table(IMAGES)?;
+        let mut images = Vec::new();
+        for entry in table.iter()? {
+            let (key, value) = entry?;
+            if let Err(error) = serde_json::from_slice::<ImageRecord>(value.value()) {
+                images.push((key.value().to_owned(), format!("its record cannot be read: {error}")));
             }
         }
         Ok(images)
@@ -161,8 +175,9 @@ impl Catalog {
     pub fn forget_images(&self, keep: impl Fn(&Digest) -> bool) -> anyhow::Result<()> {
         let write = self.db.begin_write()?;
         write.open_table(IMAGES)?.retain(|_, value| {
+            // What cannot be read may be wanted still; its source is asked.
             serde_json::from_slice::<ImageRecord>(value)
-                .is_ok_and(|record| record.layers.iter().any(|layer| keep(&layer.digest)))
+                .map_or(true, |record| record.layers.iter().any(|layer| keep(&layer.digest)))
         })?;
         write.commit()?;
         Ok(())

@@ -1,9 +1,9 @@
 //! File bytes for the FUSE adapter: from the store, fetched first where they are missing.
 
 use std::sync::Arc;
-use std::time::Duration;
+use std::time::{Duration, SystemTime};
 
-use millstream_chunkstore::{Layer, Store};
+use millstream_chunkstore::{Layer, LayerState, Refusal, Store};
 use millstream_fuse::adapter::{Later, ReadRequest};
 use millstream_fuse::{Content, ContentError};
 use millstream_layerfs::{Decoded, NodeId};
@@ -11,8 +11,9 @@ use millstream_prefetch::Fetcher;
 use millstream_source::{ErrorKind, Priority, SourceError, names};
 use tokio::sync::watch;
 use tokio::time::{Instant, timeout};
-use tracing::{error, warn};
+use tracing::{debug, error, warn};
 
+use crate::images::NodeImages;
 use crate::metrics::{NodeMetrics, ReadResult};
 
 /// How long a read waits, after a start, for the fetcher to learn where its layer comes from.
@@ -24,33 +25,23 @@ const RESUME_POLL: Duration = Duration::from_millis(100);
 #[derive(Debug)]
 pub struct NodeContent {
     store: Arc<Store>,
-    fetcher: Arc<Fetcher>,
+    images: Arc<NodeImages>,
     /// Whether the fetcher knows the sources of all layers that were here before the start.
     resumed: watch::Receiver<bool>,
     metrics: NodeMetrics,
 }
 
 impl NodeContent {
-    /// Reads from `store`, lets `fetcher` fill it. Until `resumed` is true (or its sender is gone), a layer without sources is
-    /// waited for: a container that read while the worker died sees a pause, not an error.
+    /// Reads from the store of `images`, lets its fetcher fill it. Until `resumed` is true (or its sender is gone), a layer
+    /// without sources is waited for: a container that read while the worker died sees a pause, not an error.
     #[must_use]
-    pub fn new(store: Arc<Store>, fetcher: Arc<Fetcher>, resumed: watch::Receiver<bool>, metrics: NodeMetrics) -> Self {
-        Self { store, fetcher, resumed, metrics }
+    pub fn new(images: Arc<NodeImages>, resumed: watch::Receiver<bool>, metrics: NodeMetrics) -> Self {
+        Self { store: Arc::clone(&images.store), images, resumed, metrics }
     }
 }
 
 fn layer(store: &Store, request: &ReadRequest) -> Result<Arc<Layer>, ContentError> {
     store.layer_by_number(request.layer).ok_or(ContentError::Gone)
-}
-
-fn read(layer: &Layer, request: &ReadRequest) -> Result<Vec<u8>, ContentError> {
-    let len = usize::try_from(request.wanted.len()).map_err(|_| ContentError::Unavailable)?;
-    let mut bytes = vec![0; len];
-    layer.read(request.wanted, &mut bytes).map_err(|failure| {
-        report(layer, request, "store.read", &failure);
-        ContentError::Unavailable
-    })?;
-    Ok(bytes)
 }
 
 /// One line that names everything a person needs: which file of which layer, where in it, and why.
@@ -96,13 +87,23 @@ async fn ensure(
     }
 }
 
-/// What `request` wants, if it is in the store. Blocks.
+/// What `request` wants, if it is in the store and the disk can be read. Blocks.
 fn read_present(layer: &Layer, request: &ReadRequest) -> Result<Option<Vec<u8>>, ContentError> {
-    let missing = layer.missing(request.wanted).map_err(|failure| {
-        report(layer, request, "store.read", &failure);
-        ContentError::Unavailable
-    })?;
-    if missing.is_empty() { read(layer, request).map(Some) } else { Ok(None) }
+    layer.note_use(SystemTime::now());
+    let len = usize::try_from(request.wanted.len()).map_err(|_| ContentError::Unavailable)?;
+    let mut bytes = vec![0; len];
+    match layer.read(request.wanted, &mut bytes) {
+        Ok(missing) => Ok(missing.is_empty().then_some(bytes)),
+        // As if nothing were here.
+        Err(failure) if Refusal::of(&failure).is_some() => {
+            warn!({ names::CODE } = "store.read", { names::LAYER } = %layer.digest(), error = %failure, "the disk cannot be read");
+            Ok(None)
+        }
+        Err(failure) => {
+            report(layer, request, "store.read", &failure);
+            Err(ContentError::Unavailable)
+        }
+    }
 }
 
 impl Content for NodeContent {
@@ -118,27 +119,34 @@ impl Content for NodeContent {
     }
 
     fn read_remote(&self, request: ReadRequest) -> Later<Result<Vec<u8>, ContentError>> {
-        let (store, fetcher) = (Arc::clone(&self.store), Arc::clone(&self.fetcher));
-        let (resumed, metrics) = (self.resumed.clone(), self.metrics.clone());
+        let (images, resumed, metrics) = (Arc::clone(&self.images), self.resumed.clone(), self.metrics.clone());
         Box::pin(async move {
             let begun = Instant::now();
-            let read = fetch(store, fetcher, request, resumed).await;
+            let read = fetch(images, request, resumed).await;
             metrics.waited(begun.elapsed());
-            metrics.read(if read.is_ok() { ReadResult::Fetched } else { ReadResult::Failed });
-            read
+            metrics.read(read.as_ref().map_or(ReadResult::Failed, |(_, result)| *result));
+            read.map(|(bytes, _)| bytes)
         })
     }
 }
 
 /// What `request` wants, fetched as far as it is missing.
 async fn fetch(
-    store: Arc<Store>,
-    fetcher: Arc<Fetcher>,
+    images: Arc<NodeImages>,
     request: ReadRequest,
     resumed: watch::Receiver<bool>,
-) -> Result<Vec<u8>, ContentError> {
-    let layer = layer(&store, &request)?;
-    match ensure(&fetcher, &layer, &request, resumed).await {
+) -> Result<(Vec<u8>, ReadResult), ContentError> {
+    let (store, fetcher) = (&images.store, &images.fetcher);
+    let layer = layer(store, &request)?;
+    if layer.state() == LayerState::Verified {
+        // All of it is here, but the disk cannot be read. So far it had no need of sources.
+        let (supplied, wanting) = (Arc::clone(&images), Arc::clone(&layer));
+        if let Ok(Err(failure)) = tokio::task::spawn_blocking(move || supplied.supply(&wanting)).await {
+            report(&layer, &request, failure.kind.code(), &failure);
+            return Err(ContentError::Unavailable);
+        }
+    }
+    match ensure(fetcher, &layer, &request, resumed).await {
         Ok(()) => {
             let stored = Arc::clone(&layer);
             let read = tokio::task::spawn_blocking(move || read_present(&stored, &request));
@@ -147,17 +155,17 @@ async fn fetch(
                 ContentError::Unavailable
             })?;
             if let Some(bytes) = read? {
-                return Ok(bytes);
+                return Ok((bytes, ReadResult::Fetched));
             }
-            // It came for a successor of this layer, which was removed and admitted again meanwhile; or the disk failed
-            // to keep it.
+            // It came for a successor of this layer, which was removed and admitted again meanwhile; or it was given up again;
+            // or the disk cannot be read.
             if store.layer_by_number(request.layer).is_none() {
                 return Err(ContentError::Gone);
             }
         }
-        // The disk is full or fails: the reader gets its bytes all the same, they are only not kept.
+        // The disk is full or fails: the reader gets its bytes all the same, they are only not kept. Said once, by the store.
         Err(failure) if failure.kind == ErrorKind::Local => {
-            warn!({ names::LAYER } = %layer.digest(), error = %failure, "serving without storing");
+            debug!({ names::LAYER } = %layer.digest(), error = %failure, "serving without storing");
         }
         Err(failure) => {
             report(&layer, &request, failure.kind.code(), &failure);
@@ -165,7 +173,7 @@ async fn fetch(
         }
     }
     let fetched = fetcher.fetch_unstored(&layer.digest(), request.wanted).await;
-    fetched.map(Vec::from).map_err(|failure| {
+    fetched.map(|bytes| (bytes.into(), ReadResult::Unstored)).map_err(|failure| {
         report(&layer, &request, failure.kind.code(), &failure);
         ContentError::Unavailable
     })

@@ -4,7 +4,7 @@ use std::collections::BTreeMap;
 use std::sync::Arc;
 use std::sync::atomic::{AtomicBool, Ordering};
 
-use millstream_chunkstore::{Layer, LayerState};
+use millstream_chunkstore::{Layer, LayerState, Refusal};
 use millstream_oci::{Digest, ImageRef};
 use millstream_source::{ErrorKind, SourceError, names};
 use millstream_wire::millstream::v1 as wire;
@@ -15,6 +15,8 @@ use tonic::{Code, Request, Response, Status};
 use tracing::info;
 
 use crate::catalog::Decision;
+use crate::check::Checker;
+use crate::damage::Damage;
 use crate::garbage::Garbage;
 use crate::images::NodeImages;
 use crate::make_local::MakeLocal;
@@ -27,14 +29,16 @@ const MAX_PROGRESS: usize = 4;
 pub struct Control {
     images: Arc<NodeImages>,
     garbage: Garbage,
+    checker: Checker,
     hydration: AtomicBool,
+    quota: u64,
 }
 
 impl Control {
-    /// `hydration` is how the fetcher was configured.
+    /// `hydration` is how the fetcher was configured, `quota` what the store may take (bytes; 0: no quota).
     #[must_use]
-    pub fn new(images: Arc<NodeImages>, garbage: Garbage, hydration: bool) -> Self {
-        Self { images, garbage, hydration: AtomicBool::new(hydration) }
+    pub fn new(images: Arc<NodeImages>, garbage: Garbage, checker: Checker, hydration: bool, quota: u64) -> Self {
+        Self { images, garbage, checker, hydration: AtomicBool::new(hydration), quota }
     }
 
     fn layer_status(&self, layer: &Layer, images: Vec<String>) -> wire::LayerStatus {
@@ -52,6 +56,7 @@ impl Control {
             state: state.into(),
             bytes_total: layer.bytes_total(),
             bytes_present: layer.bytes_present(),
+            bytes_synced: layer.bytes_synced(),
             images,
             reason,
         }
@@ -60,11 +65,15 @@ impl Control {
 
 #[tonic::async_trait]
 impl Node for Control {
-    type IndexImageStream = millstream_server::ImportStream;
+    type IndexImageStream = crate::embedded::Indexing;
 
     async fn status(&self, _request: Request<wire::StatusRequest>) -> Result<Response<wire::StatusResponse>, Status> {
         let mut images: BTreeMap<Digest, Vec<String>> = BTreeMap::new();
-        for (_, record) in self.images.catalog.images().map_err(internal)? {
+        // A database that failed is named by `trouble`; it hides no layer.
+        let database = self.images.catalog.images();
+        let failing = database.as_ref().err().map(|_| Refusal::Failing);
+        let space = self.images.store.space();
+        for (_, record) in database.unwrap_or_default() {
             for layer in &record.layers {
                 let names = images.entry(layer.digest).or_default();
                 if !names.contains(&record.image) {
@@ -84,7 +93,14 @@ impl Node for Control {
         }));
         let counters = self.images.fetcher.counters();
         Ok(Response::new(wire::StatusResponse {
-            streaming_enabled: self.images.catalog.streaming().map_err(internal)?,
+            streaming_enabled: self.images.catalog.streaming().unwrap_or(false),
+            store: Some(wire::Store {
+                used_bytes: space.used(),
+                limit_bytes: space.used().saturating_add(space.free()),
+                quota_bytes: self.quota,
+                evicted_bytes: space.evicted(),
+                trouble: space.trouble().or(failing).map_or("", Refusal::code).to_owned(),
+            }),
             hydration_enabled: self.hydration.load(Ordering::Relaxed),
             layers,
             transfer: Some(wire::Transfer {
@@ -95,6 +111,7 @@ impl Node for Control {
                 shared_bytes: counters.shared_bytes,
             }),
             version: env!("CARGO_PKG_VERSION").into(),
+            damages: self.images.damages.all().into_iter().map(damage_to_wire).collect(),
         }))
     }
 
@@ -174,6 +191,12 @@ impl Node for Control {
         Ok(Response::new(ReceiverStream::new(messages)))
     }
 
+    type CheckStream = ReceiverStream<Result<wire::CheckProgress, Status>>;
+
+    async fn check(&self, _request: Request<wire::CheckRequest>) -> Result<Response<Self::CheckStream>, Status> {
+        Ok(Response::new(ReceiverStream::new(self.checker.start()?)))
+    }
+
     async fn gc(&self, request: Request<wire::GcRequest>) -> Result<Response<wire::GcResponse>, Status> {
         let dry_run = request.into_inner().dry_run;
         let layers = self.garbage.give_back_now(dry_run).await.map_err(internal)?;
@@ -207,6 +230,10 @@ fn refused(error: SourceError) -> Status {
         _ => Code::Unavailable,
     };
     Status::new(code, error.message)
+}
+
+pub(crate) fn damage_to_wire(damage: Damage) -> wire::Damage {
+    wire::Damage { code: damage.code.to_owned(), object: damage.object, reason: damage.what }
 }
 
 fn to_wire(decision: Decision) -> wire::Decision {

@@ -6,7 +6,9 @@
 //! itself; this one would only ask the same registry the same thing twice.
 
 use std::path::PathBuf;
+use std::pin::Pin;
 use std::sync::Arc;
+use std::sync::atomic::{AtomicU64, Ordering};
 use std::time::{Duration, SystemTime};
 
 use anyhow::Context;
@@ -14,11 +16,10 @@ use millstream_chunkstore::LayerState;
 use millstream_containerd::Containerd;
 use millstream_oci::{Digest, ImageRef, chain_ids};
 use millstream_registry::Registry;
-use millstream_server::{
-    ContentOptions, ImagesService, ImportOptions, ImportStream, Outline, ServeError, ServiceOptions, Store,
-};
+use millstream_server::{ContentOptions, ImagesService, ImportOptions, Outline, ServeError, ServiceOptions, Store};
 use millstream_source::{ErrorKind, SourceError};
-use tokio_stream::StreamExt;
+use millstream_wire::millstream::v1::ImportProgress;
+use tokio_stream::{Stream, StreamExt};
 use tracing::{info, warn};
 
 use crate::content_store::ContentStore;
@@ -49,6 +50,9 @@ pub struct EmbeddedOptions {
     pub limit: u64,
 }
 
+/// Progress of an import; the last message has `done`.
+pub type Indexing = Pin<Box<dyn Stream<Item = Result<ImportProgress, tonic::Status>> + Send>>;
+
 /// The embedded server. Cheap to clone.
 #[derive(Debug, Clone)]
 pub struct Embedded {
@@ -59,6 +63,7 @@ pub struct Embedded {
     /// The node's own layers: those that still need windows are kept here.
     layers: Arc<millstream_chunkstore::Store>,
     indexer: Arc<Indexer>,
+    indexed: Arc<AtomicU64>,
 }
 
 impl Embedded {
@@ -91,7 +96,7 @@ impl Embedded {
         let content = ContentOptions { toc_cache: TOC_CACHE, chunk_cache: 0, max_toc: MAX_TOC };
         let options = ServiceOptions { import, content, embedded: true, ..ServiceOptions::default() };
         let service = ImagesService::new(store.clone(), registry, options);
-        Ok(Self { service, store, limit, containerd, layers, indexer })
+        Ok(Self { service, store, limit, containerd, layers, indexer, indexed: Arc::default() })
     }
 
     /// The service, for the client in this process.
@@ -104,6 +109,12 @@ impl Embedded {
     #[must_use]
     pub fn indexer(&self) -> &Arc<Indexer> {
         &self.indexer
+    }
+
+    /// Images that were indexed since the start. A decision from before may say less than can be said now.
+    #[must_use]
+    pub fn indexed(&self) -> u64 {
+        self.indexed.load(Ordering::Acquire)
     }
 
     /// Learns as much of an image as can be known before it was indexed here, and expects it to be pulled the ordinary way.
@@ -138,11 +149,19 @@ impl Embedded {
     ///
     /// # Errors
     /// When containerd cannot be asked, or too many images are being indexed.
-    pub async fn import(&self, image: &ImageRef, namespace: Option<&str>) -> Result<ImportStream, SourceError> {
+    pub async fn import(&self, image: &ImageRef, namespace: Option<&str>) -> Result<Indexing, SourceError> {
         let source = ContentStore::open(self.containerd()?, namespace, image.to_string()).await?;
         self.shrink().await;
         let stream = self.service.import_from(Arc::new(source), image);
-        stream.map_err(|error| SourceError::new(ErrorKind::Exhausted, error.to_string()))
+        let stream = stream.map_err(|error| SourceError::new(ErrorKind::Exhausted, error.to_string()))?;
+        let indexed = Arc::clone(&self.indexed);
+        let counted = stream.map(move |message| {
+            if message.as_ref().is_ok_and(|progress| progress.done.is_some()) {
+                indexed.fetch_add(1, Ordering::AcqRel);
+            }
+            message
+        });
+        Ok(Box::pin(counted))
     }
 
     /// As [`Embedded::import`], to the end.

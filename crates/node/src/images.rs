@@ -6,19 +6,24 @@ use std::sync::mpsc::{SyncSender, sync_channel};
 use std::sync::{Arc, Mutex, PoisonError};
 use std::time::{Duration, Instant, SystemTime, UNIX_EPOCH};
 
+use anyhow::Context;
 use async_trait::async_trait;
-use millstream_chunkstore::{Layer, LayerState, Store};
+use millstream_chunkstore::{Layer, LayerState, Refusal, Store};
+use millstream_layerfs::{Contradiction, ViewLayer, contradiction};
 use millstream_oci::{ChainId, Digest, ManifestDigest};
 use millstream_prefetch::{FetchEvents, Fetcher};
 use millstream_snapshots::{
     ImageDecision, LazyImages, PrepareOutcome, PrepareRequest, Reason, Usage, ViewFailure, outcome,
 };
-use millstream_source::{SourceError, names};
+use millstream_source::{ErrorKind, SourceError, names};
+use rustix::fs::StatVfsMountFlags;
 use tokio::sync::OnceCell;
 use tracing::{error, info, warn};
 
 use crate::admission::{Admission, Turn};
 use crate::catalog::{Catalog, Decision, ImageRecord, LayerRecord};
+use crate::damage::Damages;
+use crate::embedded::Embedded;
 use crate::labels::{Wanted, image_name};
 use crate::lookup::Lookup;
 use crate::metrics::NodeMetrics;
@@ -42,8 +47,14 @@ const MAX_PLANS: usize = 256;
 /// Part of a decision's time that may go into finding out which image is meant.
 const LOOKUP: f32 = 0.3;
 
+/// Bytes that must be free on the disk for new lazy layers: for tables, views and records.
+const METADATA_ROOM: u64 = 16 << 20;
+
 /// Code of a layer that was given back while a decision said lazy.
 const RELEASED: &str = "node.released";
+
+/// Layers that were taken in, with why those above were not, if so; or why none was.
+type Admitted = Result<(Vec<Arc<Layer>>, Option<Reason>), Reason>;
 
 /// What was decided about an image.
 #[derive(Debug)]
@@ -56,6 +67,8 @@ struct Plan {
 struct Slot {
     made: Instant,
     used: Instant,
+    /// Images that the embedded server had indexed before.
+    indexed: u64,
     plan: Arc<OnceCell<Arc<Plan>>>,
 }
 
@@ -69,6 +82,8 @@ pub struct NodeImages {
     pub(crate) origins: Origins,
     /// Says which image a client means that does not name it; none where containerd is not to be asked.
     pub(crate) lookup: Option<Lookup>,
+    /// What is broken on this node.
+    pub(crate) damages: Damages,
     /// Bound of one decision.
     pub(crate) deadline: Duration,
     metrics: NodeMetrics,
@@ -93,6 +108,7 @@ impl NodeImages {
     ) -> Self {
         Self {
             metrics: origins.metrics.clone(),
+            damages: views.damages().clone(),
             decisions: record_decisions(catalog.clone()),
             admission: views.admission(),
             store,
@@ -111,11 +127,13 @@ impl NodeImages {
     /// them. `until` is when the caller stops waiting.
     async fn plan(self: &Arc<Self>, wanted: &Wanted, bottom: bool, until: Instant) -> Arc<Plan> {
         let key = (wanted.image.name(), wanted.manifest);
+        let indexed = self.origins.embedded.as_ref().map_or(0, Embedded::indexed);
         let cell = {
             let now = Instant::now();
             let mut plans = self.plans.lock().unwrap_or_else(PoisonError::into_inner);
             plans.retain(|_, slot| {
-                now.duration_since(slot.used) < PLAN_LIFE && now.duration_since(slot.made) < PLAN_AGE
+                let fresh = now.duration_since(slot.used) < PLAN_LIFE && now.duration_since(slot.made) < PLAN_AGE;
+                fresh && slot.indexed == indexed
             });
             if bottom && plans.get(&key).is_some_and(|slot| now.duration_since(slot.made) >= PLAN_SHARED) {
                 plans.remove(&key);
@@ -123,7 +141,7 @@ impl NodeImages {
             if plans.len() >= MAX_PLANS {
                 plans.clear();
             }
-            let slot = plans.entry(key).or_insert_with(|| Slot { made: now, used: now, plan: Arc::default() });
+            let slot = plans.entry(key).or_insert_with(|| Slot { made: now, used: now, indexed, plan: Arc::default() });
             slot.used = now;
             Arc::clone(&slot.plan)
         };
@@ -210,6 +228,12 @@ impl NodeImages {
         {
             return Ok((record.clone(), Vec::new()));
         }
+        let (record, layers) = self.ask(origin).await?;
+        Ok((record, layers.into_iter().filter_map(|layer| layer.bytes).collect()))
+    }
+
+    /// What the server says of the image, with the tables of those layers that are not here.
+    async fn ask(&self, origin: &Origin) -> Result<(ImageRecord, Vec<ServedLayer>), SourceError> {
         // The TOCs of layers that other images brought need not travel again; the server is told all that might matter.
         let known_layers = self.store.layers().into_iter().map(|layer| layer.digest());
         let known_layers =
@@ -223,7 +247,26 @@ impl NodeImages {
         });
         let record =
             ImageRecord { image: origin.image.clone(), manifest: origin.scope.manifest, layers: layers.collect() };
-        Ok((record, served.layers.into_iter().filter_map(|layer| layer.bytes).collect()))
+        Ok((record, served.layers))
+    }
+
+    /// Has the server describe an image again, and takes in the tables of those of its layers whose own are damaged. Gives what
+    /// it said.
+    ///
+    /// # Errors
+    /// Those of the server, of disk and database, and when a table is not that of the layer.
+    pub async fn bring_back(self: &Arc<Self>, repository: &str, origin: &Origin) -> anyhow::Result<ImageRecord> {
+        let (record, layers) = self.ask(origin).await?;
+        let wanted = |layer: &ServedLayer| self.store.is_damaged(&layer.digest);
+        let tocs = layers.into_iter().filter(wanted).filter_map(|layer| layer.bytes).collect();
+        // Those above the first that cannot be lazy are containerd's.
+        let lazy = record.layers.iter().take_while(|layer| layer.ineligible.is_none()).count();
+        self.take_tables(repository.to_owned(), record.clone(), lazy, tocs, origin)
+            .await?
+            .map_err(|mismatch| anyhow::anyhow!("{}", mismatch.message))?;
+        let images = Arc::clone(self);
+        tokio::task::spawn_blocking(move || images.views.restore()).await??;
+        Ok(record)
     }
 
     /// Why a layer that is here already cannot be gone on with: windows and content of the server would not fit its table.
@@ -260,28 +303,49 @@ impl NodeImages {
             ImageDecision::Local => record.layers.len(),
             ImageDecision::Deferred(_) => return Ok(Plan { decision, record }),
         };
+        let decision = match self.take_tables(wanted.image.name(), record.clone(), lazy, tocs, origin).await? {
+            Ok(None) => decision,
+            Ok(Some((lazy, reason))) => ImageDecision::Lazy { lazy, rest: Some(reason) },
+            Err(reason) => ImageDecision::Deferred(reason),
+        };
+        Ok(Plan { decision, record })
+    }
+
+    /// Puts tables into the store and gives the first `lazy` layers of the image to the fetcher. Gives how many were taken if that
+    /// were fewer, and why; or why none is.
+    async fn take_tables(
+        self: &Arc<Self>,
+        name: String,
+        record: ImageRecord,
+        lazy: usize,
+        tocs: Vec<Vec<u8>>,
+        origin: &Origin,
+    ) -> anyhow::Result<Result<Option<(usize, Reason)>, Reason>> {
         // Held until the fetcher knows the layers: one that is removed in between would be fetched for nobody.
         let turn = self.admission.turn().await;
-        let (this, name, described) = (Arc::clone(self), wanted.image.name(), record.clone());
-        let admitting = move || this.admit(&turn, &name, &described, lazy, &tocs).map(|admitted| (turn, admitted));
+        let this = Arc::clone(self);
+        let admitting = move || this.admit(&turn, &name, &record, lazy, &tocs).map(|admitted| (turn, admitted));
         let (_turn, admitted) = tokio::task::spawn_blocking(admitting).await??;
-        let admitted = match admitted {
+        let (admitted, stop) = match admitted {
             Ok(admitted) => admitted,
-            Err(mismatch) => return Ok(Plan { decision: ImageDecision::Deferred(mismatch), record }),
+            Err(mismatch) => return Ok(Err(mismatch)),
         };
+        let stop = stop.map(|reason| (admitted.len(), reason));
         let sources = origin.sources();
+        let now = SystemTime::now();
         for layer in admitted {
+            layer.note_use(now);
             if layer.state() == LayerState::Lazy {
                 let digest = layer.digest();
                 self.fetcher.attach(layer, sources.clone());
                 self.fetcher.hydrate(&digest);
             }
         }
-        Ok(Plan { decision, record })
+        Ok(Ok(stop))
     }
 
-    /// Takes tables into the store and remembers the image. Gives those of its first `lazy` layers that are there, or why the
-    /// tables are not those of the image. Blocks.
+    /// Takes tables into the store and remembers the image. Gives those of its first `lazy` layers that are there and, if that
+    /// ends before the last of them, why; or why the tables are not those of the image. Blocks.
     fn admit(
         &self,
         turn: &Turn,
@@ -289,20 +353,36 @@ impl NodeImages {
         record: &ImageRecord,
         lazy: usize,
         tocs: &[Vec<u8>],
-    ) -> anyhow::Result<Result<Vec<Arc<Layer>>, Reason>> {
+    ) -> anyhow::Result<Admitted> {
         self.remove_dying(turn)?;
         self.store.admit_all(tocs)?;
         let mut admitted = Vec::new();
         for described in record.layers.iter().take(lazy) {
-            let Some(layer) = self.usable(&described.digest) else { continue };
+            let Some(layer) = self.usable(&described.digest) else {
+                if self.admission.is_dying(&described.digest) {
+                    continue;
+                }
+                // Tables are stored under the layer that they themselves name.
+                let text = format!("no table that came is that of layer {}", described.digest);
+                return Ok(Err(Reason::new("image.mismatch", text)));
+            };
             if layer.toc().diff_id() != described.diff_id {
                 let text = format!("the table of layer {} is of another tar than the server says", described.digest);
                 return Ok(Err(Reason::new("image.mismatch", text)));
             }
             admitted.push(layer);
         }
+        let stop = impossible(&admitted)?.map(|found| {
+            admitted.truncate(found.layer);
+            let (layer, layers, path) = (found.layer + 1, record.layers.len(), String::from_utf8_lossy(&found.path));
+            let text = format!(
+                "layer {layer} of {layers} cannot be lazy: it has something in the directory {path}, and a layer below has no \
+                 directory on the way there; containerd will not unpack it either"
+            );
+            Reason::new("image.not-eligible", text)
+        });
         self.catalog.put_image(name, record)?;
-        Ok(Ok(admitted))
+        Ok(Ok((admitted, stop)))
     }
 
     /// Removes the layers that were given back. Blocks.
@@ -398,6 +478,76 @@ impl NodeImages {
         Ok(())
     }
 
+    /// Sees to it that the fetcher has sources of a layer, also of one that was wholly local. Blocks, and must not be called on
+    /// a thread of the runtime: a credential helper may take seconds.
+    ///
+    /// # Errors
+    /// When no image is known that has the layer, or its credential cannot be had.
+    pub fn supply(&self, layer: &Arc<Layer>) -> Result<(), SourceError> {
+        let digest = layer.digest();
+        if self.fetcher.is_attached(&digest) {
+            return Ok(());
+        }
+        // One image that has it will do.
+        if let Some(origin) = self.origins_of(&digest)?.first() {
+            self.fetcher.attach(Arc::clone(layer), origin.sources());
+        }
+        Ok(())
+    }
+
+    /// Somebody is about to use these layers. What was given up of them comes back, as far as there is room.
+    fn note_use(&self, layers: &[Digest]) {
+        // The same for all: layers of one image do not make room for each other.
+        let now = SystemTime::now();
+        for layer in layers.iter().filter_map(|digest| self.store.layer(digest)) {
+            layer.note_use(now);
+            if layer.state() == LayerState::Lazy && self.fetcher.is_attached(&layer.digest()) {
+                self.fetcher.hydrate(&layer.digest());
+            }
+        }
+    }
+
+    /// Gives a layer to the fetcher anew, with the sources of all images that have it: it is to be fetched again.
+    ///
+    /// # Errors
+    /// Those of the database, and when no image has the layer or none has a credential that can be read.
+    pub async fn attach_anew(self: &Arc<Self>, digest: Digest) -> anyhow::Result<()> {
+        let images = Arc::clone(self);
+        let origins = tokio::task::spawn_blocking(move || images.origins_of(&digest)).await??;
+        let _turn = self.admission.turn().await;
+        let layer = self.usable(&digest).with_context(|| format!("layer {digest} was removed"))?;
+        self.fetcher.detach(&digest);
+        for origin in origins {
+            self.fetcher.attach(Arc::clone(&layer), origin.sources());
+        }
+        Ok(())
+    }
+
+    /// Where a layer comes from: one origin for each image that has it, at least one. Blocks.
+    fn origins_of(&self, digest: &Digest) -> Result<Vec<Origin>, SourceError> {
+        let local = |error: anyhow::Error| SourceError::new(ErrorKind::Local, format!("{error:#}"));
+        let mut failed = SourceError::new(ErrorKind::NotFound, format!("no image is known that has layer {digest}"));
+        let mut origins = Vec::new();
+        for (_, record) in self.catalog.images().map_err(local)? {
+            if record.layers.iter().any(|layer| layer.digest == *digest) {
+                let image = record.image.parse().map_err(|error: millstream_oci::ReferenceError| local(error.into()));
+                match image.and_then(|image| self.origins.of(&image, record.manifest)) {
+                    Ok(origin) => origins.push(origin),
+                    Err(error) => failed = error,
+                }
+            }
+        }
+        if origins.is_empty() { Err(failed) } else { Ok(origins) }
+    }
+
+    /// Lazy layers that the fetcher does not know: the credential of their image could not be read when they were taken up.
+    #[must_use]
+    pub fn without_source(&self) -> Vec<Digest> {
+        let layers = self.store.layers().into_iter().filter(|layer| layer.state() == LayerState::Lazy);
+        let digests = layers.map(|layer| layer.digest()).filter(|digest| !self.admission.is_dying(digest));
+        digests.filter(|digest| self.fetcher.progress(digest).is_none()).collect()
+    }
+
     async fn decide_wanted(self: Arc<Self>, request: PrepareRequest) -> PrepareOutcome {
         let until = Instant::now() + self.deadline;
         let streaming = match self.catalog.streaming() {
@@ -405,6 +555,9 @@ impl NodeImages {
             Err(error) => return failed(&error),
         };
         if let Some(reason) = outcome::precondition(streaming, None) {
+            return PrepareOutcome::Deferred { reason };
+        }
+        if let Some(reason) = self.no_room() {
             return PrepareOutcome::Deferred { reason };
         }
         let candidates = match self.candidates(&request).await {
@@ -435,6 +588,22 @@ impl NodeImages {
             first.get_or_insert(outcome);
         }
         first.unwrap_or_else(|| PrepareOutcome::deferred("labels.missing", "no image has this layer"))
+    }
+
+    /// Why nothing new can be taken in: tables and records need room on the disk. What is here is served all the same.
+    fn no_room(&self) -> Option<Reason> {
+        let root = self.store.root();
+        let disk = rustix::fs::statvfs(root).ok()?;
+        let free = disk.f_bavail.saturating_mul(disk.f_frsize);
+        // Since an error is no reason for ext4 to show the flag (kernel 6.15), the store may know better.
+        let read_only =
+            disk.f_flag.contains(StatVfsMountFlags::RDONLY) || self.store.space().trouble() == Some(Refusal::ReadOnly);
+        let text = match (read_only, free < METADATA_ROOM) {
+            (true, _) => format!("{} is read-only; hint: see the kernel's log", root.display()),
+            (_, true) => format!("only {free} bytes are free on the disk with {}; hint: make room", root.display()),
+            _ => return None,
+        };
+        Some(Reason::new("node.no-room", text))
     }
 
     /// Remembers what a request is taken for, for the name of its decision.
@@ -549,6 +718,12 @@ fn record_decisions(catalog: Catalog) -> SyncSender<Decision> {
 /// Layers whose TOCs the server is told to leave out, at most.
 const MAX_KNOWN_LAYERS: usize = 1000;
 
+/// What makes a layer one that containerd could not unpack over those below it.
+fn impossible(layers: &[Arc<Layer>]) -> anyhow::Result<Option<Contradiction>> {
+    let layer = |layer: &Arc<Layer>| ViewLayer { number: layer.number(), toc: Arc::clone(layer.toc()) };
+    Ok(contradiction(&layers.iter().map(layer).collect::<Vec<_>>())?)
+}
+
 fn none(wanted: &Wanted) -> ImageRecord {
     ImageRecord { image: wanted.image.to_string(), manifest: wanted.manifest, layers: Vec::new() }
 }
@@ -583,6 +758,7 @@ impl LazyImages for SharedImages {
     }
 
     async fn view(&self, run: &[Digest], below: &[PathBuf]) -> Result<PathBuf, ViewFailure> {
+        self.0.note_use(run);
         self.0.views.path(run, below).await.map_err(|error| {
             let message = format!("{error:#}");
             error!({ names::CODE } = "view.failed", error = message, "layers cannot be shown");

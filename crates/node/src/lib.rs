@@ -3,20 +3,27 @@
 mod admission;
 pub mod below;
 pub mod catalog;
+pub mod check;
 pub mod content;
 pub mod content_store;
 pub mod control;
 pub mod counted;
+pub mod damage;
+pub mod database;
 pub mod embedded;
 pub mod garbage;
 pub mod images;
 pub mod index;
 pub mod labels;
 pub mod lookup;
+pub mod lost_mounts;
 pub mod make_local;
 pub mod metrics;
+pub mod mount_keeper;
 pub mod origin;
 pub mod page;
+pub mod quota;
+pub mod repair;
 #[cfg(test)]
 mod schedules;
 pub mod server_client;

@@ -29,6 +29,8 @@ fn run() -> anyhow::Result<()> {
         return Ok(());
     }
     start_logging(&settings.log)?;
+    // What libraries make below the root, the database first of all, is for nobody else.
+    rustix::process::umask(rustix::fs::Mode::from_raw_mode(0o077));
     match arguments.command {
         None => supervisor::run(&settings, arguments.config.as_deref()),
         Some(NodeCommand::Worker { restarts }) => {

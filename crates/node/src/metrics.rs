@@ -35,6 +35,8 @@ pub enum ReadResult {
     Local,
     /// After something was fetched.
     Fetched,
+    /// After it was fetched and could not be stored.
+    Unstored,
     /// With EIO.
     Failed,
 }
@@ -45,7 +47,7 @@ pub struct NodeMetrics {
     decisions: Family<OutcomeLabels, Counter>,
     decision_seconds: Histogram,
     /// In the order of [`ReadResult`].
-    reads: [Counter; 3],
+    reads: [Counter; 4],
     read_wait_seconds: Histogram,
     requests: Family<OutcomeLabels, Counter>,
 }
@@ -135,7 +137,7 @@ impl NodeMetrics {
 /// What others count, or is a level: looked up at each scrape.
 struct Gathered {
     images: Arc<NodeImages>,
-    reads: [Counter; 3],
+    reads: [Counter; 4],
     restarts: u64,
 }
 
@@ -153,8 +155,14 @@ impl Gathered {
         let fetcher = &self.images.fetcher;
         let counters = fetcher.counters();
         let tables = self.images.origins.server.as_ref().map_or(0, |server| server.metadata_bytes());
-        let [local, fetched, failed] = self.reads.each_ref().map(Counter::get);
-        let rows: [Row<'_>; 5] = [
+        let [local, fetched, unstored, failed] = self.reads.each_ref().map(Counter::get);
+        let space = self.images.store.space();
+        let refused = space.refused().map(|(refusal, count)| ("code", refusal.code(), count));
+        let found: Vec<_> =
+            self.images.damages.counts().into_iter().map(|(code, _, found)| ("code", code, found)).collect();
+        let failures: Vec<_> =
+            fetcher.failures().into_iter().map(|(kind, count)| ("code", kind.code(), count)).collect();
+        let rows: [Row<'_>; 9] = [
             (
                 "fetched",
                 "Bytes received, by what for: compressed bytes of layers for readers, ahead of readers and for hydration, \
@@ -178,17 +186,44 @@ impl Gathered {
             ),
             (
                 "reads",
-                "Reads of files by the kernel, by how they were answered; failed: with EIO.",
+                "Reads of files by the kernel, by how they were answered; unstored: fetched and not kept; failed: with EIO.",
                 None,
                 MetricType::Counter,
-                &[("result", "local", local), ("result", "fetched", fetched), ("result", "failed", failed)],
+                &[
+                    ("result", "local", local),
+                    ("result", "fetched", fetched),
+                    ("result", "unstored", unstored),
+                    ("result", "failed", failed),
+                ],
             ),
+            (
+                "store_evicted",
+                "Bytes of content that were given up to make room.",
+                Some(Unit::Bytes),
+                MetricType::Counter,
+                &[("", "", space.evicted())],
+            ),
+            ("store_refused", "Times that content could not be stored, by why.", None, MetricType::Counter, &refused),
             (
                 "digest_mismatches",
                 "Times a source gave bytes that do not match their digest.",
                 None,
                 MetricType::Counter,
                 &[("", "", counters.digest_mismatches)],
+            ),
+            (
+                "damage_found",
+                "Times that something was found damaged at the start or by a check, by code.",
+                None,
+                MetricType::Counter,
+                &found,
+            ),
+            (
+                "fetch_failures",
+                "Attempts to fetch bytes from a source that failed, also half-way, by code; another one may have succeeded.",
+                None,
+                MetricType::Counter,
+                &failures,
             ),
             (
                 "worker_restarts",
@@ -210,7 +245,10 @@ impl Gathered {
         let queues = self.images.fetcher.queues();
         let [demand, prefetch, hydrate] = queues.requests.map(|waiting| waiting as u64);
         let streaming = self.images.catalog.streaming().is_ok_and(|enabled| enabled);
-        let rows: [Row<'_>; 7] = [
+        let space = self.images.store.space();
+        let damaged: Vec<_> =
+            self.images.damages.counts().into_iter().map(|(code, now, _)| ("code", code, now)).collect();
+        let rows: [Row<'_>; 10] = [
             (
                 "layers",
                 "Layers that are not pulled the ordinary way, by state.",
@@ -223,6 +261,7 @@ impl Gathered {
                     ("state", "damaged", self.images.store.damaged().len() as u64),
                 ],
             ),
+            ("damaged", "What is damaged now and not mended yet, by code.", None, MetricType::Gauge, &damaged),
             (
                 "store_present",
                 "Bytes of file content of these layers that are local.",
@@ -236,6 +275,20 @@ impl Gathered {
                 Some(Unit::Bytes),
                 MetricType::Gauge,
                 &[("", "", total.saturating_sub(present))],
+            ),
+            (
+                "store_used",
+                "Bytes of the disk that content of these layers takes.",
+                Some(Unit::Bytes),
+                MetricType::Gauge,
+                &[("", "", space.used())],
+            ),
+            (
+                "store_free",
+                "Bytes that content may still take; 0: what is read is served without being stored.",
+                Some(Unit::Bytes),
+                MetricType::Gauge,
+                &[("", "", space.free())],
             ),
             (
                 "queue_length",
@@ -314,6 +367,7 @@ mod tests {
 
     use super::*;
     use crate::catalog::Catalog;
+    use crate::damage::Damages;
     use crate::images::Reporter;
     use crate::origin::Origins;
     use crate::views::Views;
@@ -324,7 +378,8 @@ mod tests {
         let store = Arc::new(Store::open(root, Arc::clone(&db), StoreOptions::default()).unwrap());
         let runtime = tokio::runtime::Handle::current();
         let fetcher = Fetcher::new(Arc::clone(&store), FetchOptions::default(), Arc::new(Reporter), runtime);
-        let views = Arc::new(Views::new(Arc::clone(&store), Arc::new(LayerFs::new()), root.join("m")));
+        let views =
+            Arc::new(Views::new(Arc::clone(&store), Arc::new(LayerFs::new()), root.join("m"), Damages::default()));
         // The first test of this process that needs it installs it.
         let _ = rustls::crypto::ring::default_provider().install_default();
         let registry = Registries::new(RegistryOptions::default()).unwrap();

@@ -276,6 +276,10 @@ impl WindowSource for ServerSource {
             let answer = self.server.client.clone().get_windows(request).await;
             let mut stream = answer.map_err(|status| failed("asking for windows", &status))?.into_inner();
             while let Some(message) = stream.message().await.map_err(|status| failed("receiving windows", &status))? {
+                // An answer without end would fill the memory before its time is up.
+                if windows.len() + message.windows.len() > wanted {
+                    return Err(malformed("more windows than were asked for"));
+                }
                 for packed in message.windows {
                     received += packed.len() as u64;
                     windows.push(unpack_window(&packed)?);

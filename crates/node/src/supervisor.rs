@@ -15,6 +15,7 @@ use std::time::{Duration, Instant};
 
 use anyhow::{Context, bail};
 use millstream_settings::node::Settings;
+use millstream_source::names;
 use millstream_sys::fuse_device::{self, Mounted};
 use millstream_sys::process::spawn_with;
 use millstream_sys::signals::Signals;
@@ -38,6 +39,8 @@ const WORKER_PATIENCE: Duration = Duration::from_secs(120);
 const LAST_PATIENCE: Duration = Duration::from_secs(3600);
 /// How often a supervisor that waits for its worker looks at signals.
 const POLL: Duration = Duration::from_millis(100);
+/// How long a socket may be in use by what an earlier supervisor left.
+const SOCKET_PATIENCE: Duration = Duration::from_secs(2);
 /// Second message to a worker whose connection nobody has answered yet.
 pub const FIRST: &[u8] = b"first";
 /// What a worker says once it serves the connection.
@@ -61,10 +64,26 @@ pub fn run(settings: &Settings, config: Option<&Path>) -> anyhow::Result<()> {
     make_private_dir(&settings.root)?;
     let _lock = lock(&settings.root)?;
     let mountpoint = mountpoint(settings);
+    await_free(&signals, &settings.socket)?;
     let listener = bind(&settings.socket)?;
-    let mounted = mount(&mountpoint)?;
+    let mut mounted = mount(&mountpoint)?;
     info!(root = %settings.root.display(), socket = %settings.socket.display(), "millstreamd is up");
-    let result = supervise(&signals, &mounted, &listener, config);
+    let result = loop {
+        match supervise(&signals, &mounted, &listener, config) {
+            Ok(Ended::Connection) => {
+                error!(
+                    { names::CODE } = "node.mount-lost",
+                    "the connection of the mount was ended (aborted, or unmounted by force): mounting again. Containers that ran \
+                     on it have lost the files of their images; new ones work. hint: `millstream status` names them"
+                );
+                match mount(&mountpoint) {
+                    Ok(again) => mounted = again,
+                    Err(error) => break Err(error),
+                }
+            }
+            ended => break ended.map(drop),
+        }
+    };
     if let Err(error) = fuse_device::unmount(&mountpoint) {
         warn!(%error, "cannot unmount {}", mountpoint.display());
     }
@@ -105,6 +124,17 @@ fn mount(mountpoint: &Path) -> anyhow::Result<Mounted> {
         .with_context(|| format!("mounting {} (hint: needs root and the fuse kernel module)", mountpoint.display()))
 }
 
+/// Gives the worker of a supervisor that was killed the time to die, too: until then it has the socket.
+fn await_free(signals: &Signals, socket: &Path) -> anyhow::Result<()> {
+    let deadline = Instant::now() + SOCKET_PATIENCE;
+    while UnixStream::connect(socket).is_ok() && Instant::now() < deadline {
+        if asked_to_stop(signals.wait(POLL)?) {
+            bail!("asked to stop while the socket was in use");
+        }
+    }
+    Ok(())
+}
+
 fn bind(socket: &Path) -> anyhow::Result<UnixListener> {
     let dir = socket.parent().context("socket has no parent directory")?;
     if !dir.exists() {
@@ -129,7 +159,7 @@ fn supervise(
     mounted: &Mounted,
     listener: &UnixListener,
     config: Option<&Path>,
-) -> anyhow::Result<()> {
+) -> anyhow::Result<Ended> {
     let mut answer = None;
     let mut pause = FIRST_PAUSE;
     // Grows when a worker was not ready in time: a large store on a slow disk takes long to check.
@@ -137,7 +167,7 @@ fn supervise(
     let mut restarts = 0;
     loop {
         if is_gone(&mounted.device)? {
-            bail!("the mount was taken away (unmounted or aborted); hint: start millstreamd again");
+            return Ok(Ended::Connection);
         }
         let started = Instant::now();
         let ended = match start_worker(mounted, listener, config, answer.as_deref(), restarts) {
@@ -152,7 +182,7 @@ fn supervise(
             }
         };
         if ended == Ended::Asked {
-            return Ok(());
+            return Ok(ended);
         }
         restarts += 1;
         if started.elapsed() >= patience {
@@ -162,7 +192,7 @@ fn supervise(
             pause = FIRST_PAUSE;
         }
         if !sleep(signals, pause)? {
-            return Ok(());
+            return Ok(Ended::Asked);
         }
         pause = (pause * 2).min(LAST_PAUSE);
     }
@@ -225,6 +255,8 @@ enum Ended {
     Asked,
     /// The worker died by itself.
     Died,
+    /// The kernel has ended the connection: no worker can serve it.
+    Connection,
 }
 
 /// Until the worker serves the connection: passes its answer to INIT on to the kernel, if that has had none. The answer is
@@ -241,8 +273,12 @@ fn introduce(
         match worker.message()? {
             Some(message) if message == SERVES => return Ok(None),
             Some(message) if answer.is_none() => {
-                fuse_device::write_message(mounted.device.as_fd(), &message).context("answering the kernel")?;
-                *answer = Some(message);
+                match fuse_device::write_message(mounted.device.as_fd(), &message) {
+                    Ok(()) => *answer = Some(message),
+                    // The worker ends by itself then, and a new connection is made.
+                    Err(_) if is_gone(&mounted.device)? => {}
+                    Err(error) => return Err(error).context("answering the kernel"),
+                }
             }
             Some(_) | None => {}
         }

@@ -1,18 +1,20 @@
 //! Merged views of lazy runs: built once, kept in the store, shown by the mount.
 
+use std::collections::{BTreeMap, HashSet};
 use std::ffi::OsStr;
 use std::os::unix::ffi::OsStrExt;
 use std::path::PathBuf;
-use std::sync::Arc;
+use std::sync::{Arc, Mutex, PoisonError};
 
 use anyhow::{Context, anyhow};
 use millstream_chunkstore::{Layer, Store, ViewKey};
 use millstream_layerfs::{Below, LayerFs, View, ViewLayer, build_view};
 use millstream_oci::Digest;
-use tracing::{info, warn};
+use tracing::info;
 
 use crate::admission::Admission;
 use crate::below::LowerDirs;
+use crate::damage::{self, Damages};
 
 /// All views of this node.
 #[derive(Debug)]
@@ -21,13 +23,16 @@ pub struct Views {
     fs: Arc<LayerFs>,
     mountpoint: PathBuf,
     admission: Arc<Admission>,
+    /// Views that cannot be shown, and why.
+    broken: Mutex<BTreeMap<u32, String>>,
+    damages: Damages,
 }
 
 impl Views {
     /// Views of layers in `store`, shown by `fs` at `mountpoint`.
     #[must_use]
-    pub fn new(store: Arc<Store>, fs: Arc<LayerFs>, mountpoint: PathBuf) -> Self {
-        Self { store, fs, mountpoint, admission: Arc::default() }
+    pub fn new(store: Arc<Store>, fs: Arc<LayerFs>, mountpoint: PathBuf, damages: Damages) -> Self {
+        Self { store, fs, mountpoint, admission: Arc::default(), broken: Mutex::default(), damages }
     }
 
     /// In which order layers are shown and removed.
@@ -35,20 +40,62 @@ impl Views {
         Arc::clone(&self.admission)
     }
 
-    /// Shows every view that was known before. One that cannot be shown is reported and rebuilt when it is next asked for.
+    /// Shows every view that is known and not shown yet. One whose file is damaged is made again, which needs nobody else; one
+    /// whose layers are damaged is among [`Views::broken`] until they are whole and this is called again.
     pub fn restore(&self) -> anyhow::Result<()> {
-        let mut shown = 0;
+        let _alone = self.admission.alone();
+        let shown: HashSet<u32> = self.fs.views().into_iter().collect();
+        let (mut restored, mut broken) = (0, BTreeMap::new());
         for (number, key) in self.store.views()? {
-            match self.open(number, &key) {
-                Ok(view) => {
-                    self.fs.add(view);
-                    shown += 1;
-                }
-                Err(error) => warn!(view = number, error = format!("{error:#}"), "a view cannot be shown now"),
+            if shown.contains(&number) {
+                continue;
+            }
+            match self.show(number, &key) {
+                Ok(()) => restored += 1,
+                Err(error) => drop(broken.insert(number, format!("{error:#}"))),
             }
         }
-        info!(views = shown, "views restored");
+        *self.broken.lock().unwrap_or_else(PoisonError::into_inner) = broken;
+        info!(views = restored, "views restored");
         Ok(())
+    }
+
+    /// Where damage of views is named, and all other damage of this node with it.
+    #[must_use]
+    pub const fn damages(&self) -> &Damages {
+        &self.damages
+    }
+
+    /// Views that cannot be shown now, and why.
+    #[must_use]
+    pub fn broken(&self) -> BTreeMap<u32, String> {
+        self.broken.lock().unwrap_or_else(PoisonError::into_inner).clone()
+    }
+
+    /// Shows a view that has a number; from its file if that is whole. Called by one at a time.
+    fn show(&self, number: u32, key: &ViewKey) -> anyhow::Result<()> {
+        // First, because without its layers it cannot be shown whatever its file is.
+        let layers = self.layers(key)?;
+        let view = match self.open(number, key) {
+            Ok(view) => view,
+            Err(error) => {
+                // One that a crash left without file is no damage, but cannot be told from it.
+                let what = format!("{error:#}; it is made again from the tables of its layers");
+                self.damages.add(damage::VIEW, number.to_string(), what);
+                self.build(number, key, &layers)?
+            }
+        };
+        self.fs.add(view);
+        Ok(())
+    }
+
+    fn build(&self, number: u32, key: &ViewKey, layers: &[ViewLayer]) -> anyhow::Result<View> {
+        let below = key.below.split(|byte| *byte == b':').filter(|dir| !dir.is_empty());
+        let below = LowerDirs(below.map(|dir| PathBuf::from(OsStr::from_bytes(dir))).collect());
+        let below = (!below.0.is_empty()).then_some(&below as &dyn Below);
+        let bytes = build_view(layers, below).context("merging layers")?;
+        self.store.write_view(number, &bytes)?;
+        self.open(number, key)
     }
 
     fn layers(&self, key: &ViewKey) -> anyhow::Result<Vec<ViewLayer>> {
@@ -62,6 +109,37 @@ impl Views {
 
     fn open(&self, number: u32, key: &ViewKey) -> anyhow::Result<View> {
         Ok(View::open(number, self.store.open_view(number)?, self.layers(key)?)?)
+    }
+
+    /// Compares the files of all views with their digests and makes those again that differ. Gives these, with what was wrong
+    /// and, if they cannot be made now, why. Blocks.
+    ///
+    /// # Errors
+    /// Those of the database.
+    pub fn check(&self) -> anyhow::Result<Vec<(u32, String, Option<String>)>> {
+        let _alone = self.admission.alone();
+        let mut found = Vec::new();
+        for (number, key) in self.store.views()? {
+            let Err(what) = self.store.open_view(number) else { continue };
+            let again = self.layers(&key).and_then(|layers| self.build(number, &key, &layers));
+            let failed = again.map(|view| self.fs.add(view)).err().map(|error| format!("{error:#}"));
+            found.push((number, what.to_string(), failed));
+        }
+        Ok(found)
+    }
+
+    /// Takes views with this layer away, until [`Views::restore`] shows them again: its table turned out to be damaged.
+    ///
+    /// # Errors
+    /// Those of the database.
+    pub fn hide_with(&self, layer: u32) -> anyhow::Result<()> {
+        let _alone = self.admission.alone();
+        for (number, key) in self.store.views()? {
+            if key.layers.contains(&layer) {
+                self.fs.remove(number);
+            }
+        }
+        Ok(())
     }
 
     /// The directory that shows `run` (bottom first) merged, over `below` (top first).
@@ -88,29 +166,12 @@ impl Views {
         // First, because a key whose layers are gone would stay for ever.
         let layers = self.layers(key)?;
         let slot = self.store.allocate_view(key)?;
-        if slot.existing {
-            if self.fs.views().contains(&slot.number) {
-                return Ok(slot.number);
-            }
-            match self.open(slot.number, key) {
-                Ok(view) => {
-                    self.fs.add(view);
-                    return Ok(slot.number);
-                }
-                Err(error) => warn!(view = slot.number, error = format!("{error:#}"), "rebuilding a view"),
-            }
+        if !slot.existing {
+            self.fs.add(self.build(slot.number, key, &layers)?);
+        } else if !self.fs.views().contains(&slot.number) {
+            self.show(slot.number, key)?;
+            self.broken.lock().unwrap_or_else(PoisonError::into_inner).remove(&slot.number);
         }
-        let below: Vec<PathBuf> = key
-            .below
-            .split(|byte| *byte == b':')
-            .filter(|dir| !dir.is_empty())
-            .map(|dir| PathBuf::from(OsStr::from_bytes(dir)))
-            .collect();
-        let below = LowerDirs(below);
-        let below = (!below.0.is_empty()).then_some(&below as &dyn Below);
-        let bytes = build_view(&layers, below).context("merging layers")?;
-        self.store.write_view(slot.number, &bytes)?;
-        self.fs.add(self.open(slot.number, key)?);
         Ok(slot.number)
     }
 
@@ -122,6 +183,7 @@ impl Views {
         for (number, key) in self.store.views()? {
             if key.layers.iter().any(|layer| layers.contains(layer)) {
                 self.fs.remove(number);
+                self.broken.lock().unwrap_or_else(PoisonError::into_inner).remove(&number);
                 self.store.remove_view(number)?;
             }
         }

@@ -2,13 +2,14 @@
 
 use std::io;
 use std::os::fd::{AsFd, OwnedFd};
+use std::os::unix::fs::OpenOptionsExt;
 use std::os::unix::net::UnixListener;
 use std::path::Path;
 use std::sync::Arc;
-use std::time::Duration;
+use std::time::{Duration, SystemTime, UNIX_EPOCH};
 
 use anyhow::Context;
-use millstream_chunkstore::{Store, StoreOptions};
+use millstream_chunkstore::{MAX_NUMBER, Store, StoreOptions};
 use millstream_containerd::{Containerd, ContainerdOptions};
 use millstream_fuse::{Adapter, Connection, Session};
 use millstream_layerfs::LayerFs;
@@ -30,25 +31,37 @@ use tonic::transport::Server as GrpcServer;
 use tracing::{error, info, warn};
 
 use crate::catalog::Catalog;
+use crate::check::Checker;
 use crate::content::NodeContent;
 use crate::control::Control;
+use crate::damage::{self, Damages};
+use crate::database::{self, Found};
 use crate::embedded::{Embedded, EmbeddedOptions};
 use crate::garbage::Garbage;
 use crate::images::{NodeImages, Reporter, SharedImages};
 use crate::index::Indexer;
 use crate::lookup::Lookup;
+use crate::lost_mounts::LostMounts;
 use crate::metrics::NodeMetrics;
+use crate::mount_keeper::MountKeeper;
 use crate::origin::Origins;
 use crate::page;
+use crate::quota::{Keeper, Limits};
+use crate::repair::Repairer;
 use crate::server_client::Server;
 use crate::supervisor::{FIRST, MAX_MESSAGE, SERVES, mountpoint};
 use crate::views::Views;
 
 /// How long requests that are under way may go on after we were asked to stop.
 const DRAIN: Duration = Duration::from_secs(5);
+/// How long a source may give nothing; less where reads have to be answered within a minute.
+const LONGEST_IDLE: Duration = Duration::from_secs(15);
 
 /// How often it is looked whether the database still works.
 const DATABASE_CHECK: Duration = Duration::from_secs(1);
+
+/// Seconds from 1970 to 2026, before which nobody had a node.
+const FIRST_RELEASE: u64 = 1_767_225_600;
 
 /// Bytes that must be free on the disk before a database that failed is opened again.
 const DATABASE_ROOM: u64 = 32 * 1024 * 1024;
@@ -91,14 +104,27 @@ fn message(socket: &OwnedFd) -> io::Result<Vec<u8>> {
 /// When something of our own is broken: disk, database, descriptors. Registry and server may be down.
 pub async fn run(settings: &Settings, inherited: Inheritance, restarts: u64) -> anyhow::Result<()> {
     raise_descriptor_limit();
-    let db = Arc::new(Database::create(settings.root.join("state.redb")).context("opening the database")?);
+    let (db, found) = database::open(&settings.root)?;
+    let db = Arc::new(db);
+    let damages = Damages::default();
+    let numbers = Numbers::after(found, &damages);
+    let lost = LostMounts::find(&settings.root, &mountpoint(settings), inherited.connection.answer.is_none());
 
     // world
-    let store =
-        Arc::new(Store::open(&settings.root, Arc::clone(&db), StoreOptions::default()).context("opening the store")?);
+    let options = StoreOptions {
+        sync_interval: settings.store.sync_interval,
+        numbers_above: numbers.layers,
+        ..StoreOptions::default()
+    };
+    let store = Arc::new(Store::open(&settings.root, Arc::clone(&db), options).context("opening the store")?);
+    // A source that gives nothing is left early enough for the next one to be asked in time, and a host earlier still.
+    let idle_timeout = (settings.fetch.read_deadline / 4).min(LONGEST_IDLE);
     let registry = Registry::new(RegistryOptions {
         hosts_dir: Some(settings.registry.hosts_dir.clone()),
         max_connections_per_host: settings.fetch.connections,
+        connect_timeout: idle_timeout / 4,
+        first_byte_timeout: idle_timeout / 2,
+        idle_timeout,
         ..RegistryOptions::default()
     })?;
     let containerd = &settings.containerd.address;
@@ -124,13 +150,14 @@ pub async fn run(settings: &Settings, inherited: Inheritance, restarts: u64) -> 
     let fetch = FetchOptions {
         slots: settings.fetch.connections,
         read_deadline: settings.fetch.read_deadline,
+        idle_timeout,
         share: settings.fetch.sharing,
         ..FetchOptions::default()
     };
     let fetcher = Fetcher::new(Arc::clone(&store), fetch, Arc::new(Reporter), tokio::runtime::Handle::current());
     fetcher.set_hydration(settings.fetch.hydration);
     let layerfs = Arc::new(LayerFs::new());
-    let views = Arc::new(Views::new(Arc::clone(&store), Arc::clone(&layerfs), mountpoint(settings)));
+    let views = Arc::new(Views::new(Arc::clone(&store), Arc::clone(&layerfs), mountpoint(settings), damages));
     views.restore()?;
 
     // where they meet
@@ -143,14 +170,18 @@ pub async fn run(settings: &Settings, inherited: Inheritance, restarts: u64) -> 
         lookup,
         settings.decision_deadline,
     ));
-    let options = Options { decide_deadline: settings.decision_deadline, ..Options::default() };
+    let options =
+        Options { decide_deadline: settings.decision_deadline, numbers_above: numbers.snapshots, ..Options::default() };
     let snapshots =
         Snapshots::open(&settings.root, Arc::clone(&db), Arc::new(SharedImages(Arc::clone(&images))), options)?;
     images.sweep(&snapshots.layers()?).await?;
+    let repairer = Repairer::new(Arc::clone(&images), snapshots.clone(), lost);
+    repairer.look()?;
 
     // the kernel's side, then containerd's
     let (resumed, whether_resumed) = watch::channel(false);
-    let content = Arc::new(NodeContent::new(Arc::clone(&store), fetcher, whether_resumed, metrics.clone()));
+    tokio::spawn(repairer.clone().work(whether_resumed.clone()));
+    let content = Arc::new(NodeContent::new(Arc::clone(&images), whether_resumed, metrics.clone()));
     let adapter = Adapter::new(layerfs, content, tokio::runtime::Handle::current());
     let supervisor = inherited.supervisor;
     let session = Session::start(adapter, inherited.connection, |answer| write_message(supervisor.as_fd(), answer))
@@ -165,6 +196,7 @@ pub async fn run(settings: &Settings, inherited: Inheritance, restarts: u64) -> 
             let _ = resumed.send(true);
         }
     });
+    tokio::spawn(MountKeeper::work(mountpoint(settings)));
     if let Some(server) = server {
         server.warm_up();
     }
@@ -176,7 +208,10 @@ pub async fn run(settings: &Settings, inherited: Inheritance, restarts: u64) -> 
     }
     let garbage = Garbage::new(snapshots.clone(), Arc::clone(&images));
     tokio::spawn(garbage.clone().give_back_again_and_again());
-    let control = Control::new(images, garbage, settings.fetch.hydration);
+    let keeper = Keeper::new(limits(settings), settings.root.clone(), snapshots.clone(), Arc::clone(&images));
+    tokio::spawn(keeper.keep());
+    let checker = Checker::new(repairer, session.invalidator());
+    let control = Control::new(images, garbage, checker, settings.fetch.hydration, settings.store.quota);
     let result = tokio::select! {
         result = serve(inherited.listener, SnapshotService::new(snapshots), control, session) => result,
         error = database_failed(&db, &settings.root) => Err(error),
@@ -186,6 +221,46 @@ pub async fn run(settings: &Settings, inherited: Inheritance, restarts: u64) -> 
         warn!(%error, "not everything is synced; it is fetched again after the next start");
     }
     result
+}
+
+fn limits(settings: &Settings) -> Limits {
+    let store = &settings.store;
+    Limits {
+        quota: store.quota,
+        high_water: store.high_water,
+        low_water: store.low_water,
+        reserve: store.reserve,
+        evict_used: store.evict_used,
+    }
+}
+
+/// Above which numbers begin in a database that has given out none. In a new root that is nothing; where the database was lost,
+/// the kernel and mounts of containers may still know numbers of the old one.
+#[derive(Debug, Default)]
+struct Numbers {
+    layers: u32,
+    snapshots: u64,
+}
+
+impl Numbers {
+    fn after(found: Found, damages: &Damages) -> Self {
+        let named = |what| (database::FILE.to_owned(), what);
+        match found {
+            Found::Whole => Self::default(),
+            Found::FromCopy { what } => {
+                damages.set(damage::DATABASE_RESTORED, [named(what)].into());
+                Self::default()
+            }
+            Found::Lost { what } => {
+                let hint = "hint: remove all images of this snapshotter and pull them again";
+                damages.set(damage::DATABASE_LOST, [named(format!("{what}; {hint}"))].into());
+                // No node makes a layer a minute and a snapshot a second for years.
+                let since = SystemTime::now().duration_since(UNIX_EPOCH).unwrap_or_default().as_secs();
+                let minutes = since.saturating_sub(FIRST_RELEASE) / 60;
+                Self { layers: u32::try_from(minutes).unwrap_or(u32::MAX).min(MAX_NUMBER / 2), snapshots: since }
+            }
+        }
+    }
 }
 
 /// The server in this process, for a node that is told of no other. Where its place on the disk cannot be used, the node works
@@ -239,11 +314,26 @@ async fn database_failed(db: &Database, root: &Path) -> anyhow::Error {
             );
             told = true;
         }
-        match rustix::fs::statvfs(root) {
-            Ok(disk) if disk.f_bavail.saturating_mul(disk.f_frsize) < DATABASE_ROOM => {}
-            _ => return anyhow::anyhow!("the database failed and has to be opened again"),
+        if can_be_written(root) {
+            return anyhow::anyhow!("the database failed and has to be opened again");
         }
     }
+}
+
+/// Whether the disk has room again, can be written and keeps what is written: else the next worker could not open the database
+/// either, and nobody would serve what is here.
+fn can_be_written(root: &Path) -> bool {
+    let room = rustix::fs::statvfs(root).is_ok_and(|disk| disk.f_bavail.saturating_mul(disk.f_frsize) >= DATABASE_ROOM);
+    let probe = root.join("probe.tmp");
+    let written = || -> io::Result<()> {
+        let mut file = std::fs::OpenOptions::new().write(true).create(true).truncate(true).mode(0o600).open(&probe)?;
+        io::Write::write_all(&mut file, &[0; 4096])?;
+        file.sync_all()
+    };
+    let result = room && written().is_ok();
+    // Left behind it would be overwritten the next time.
+    let _ = std::fs::remove_file(&probe);
+    result
 }
 
 async fn serve(
@@ -278,7 +368,7 @@ async fn serve(
         }
         ended = mounted => {
             ended?.context("the FUSE connection broke")?;
-            anyhow::bail!("the mount was taken away; hint: millstreamd has to be started again");
+            anyhow::bail!("the connection of the mount was ended; the supervisor mounts a new one");
         }
     }
     let _ = stop.send(());

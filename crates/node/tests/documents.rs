@@ -72,8 +72,31 @@ fn relative_links_lead_somewhere() {
     assert!(checked > 10, "only {checked} links were found: is the search broken?");
 }
 
+/// Tests that a document names as `path::function`.
+fn named_tests(text: &str) -> BTreeSet<(&str, &str)> {
+    let quoted = text.split('`').skip(1).step_by(2);
+    quoted.filter_map(|quoted| quoted.split_once(".rs::")).collect()
+}
+
+#[test]
+fn tests_that_documents_name_exist() {
+    for (document, at_least) in [("THREATS.md", 30), ("FAULTS.md", 30)] {
+        let text = std::fs::read_to_string(Path::new(env!("CARGO_MANIFEST_DIR")).join(document)).unwrap();
+        let tests = named_tests(&text);
+        assert!(tests.len() >= at_least, "{document} names {} tests only: is the search broken?", tests.len());
+        for (file, function) in tests {
+            let source = workspace().join(format!("{file}.rs"));
+            let source =
+                std::fs::read_to_string(&source).unwrap_or_else(|error| panic!("{document}: {file}.rs: {error}"));
+            let found = source.contains(&format!("fn {function}("));
+            assert!(found, "{document}: {file}.rs has no {function}");
+        }
+    }
+}
+
 /// Where stable codes are written, beside the sources of this crate.
-const WITH_CODES: [&str; 5] = [
+const WITH_CODES: [&str; 6] = [
+    "crates/chunkstore/src/space.rs",
     "crates/snapshots/src/outcome.rs",
     "crates/snapshots/src/snapshots.rs",
     "crates/source/src/error.rs",

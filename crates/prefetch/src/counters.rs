@@ -1,8 +1,10 @@
 //! What was fetched, for metrics.
 
+use std::collections::BTreeMap;
 use std::sync::atomic::{AtomicU64, Ordering};
+use std::sync::{Mutex, PoisonError};
 
-use millstream_source::Priority;
+use millstream_source::{ErrorKind, Priority};
 
 /// Totals since the start; `active` is a level.
 #[derive(Debug, Clone, Copy, PartialEq, Eq, Default)]
@@ -44,6 +46,7 @@ pub(crate) struct Tally {
     shared: AtomicU64,
     requests: AtomicU64,
     mismatches: AtomicU64,
+    failures: Mutex<BTreeMap<ErrorKind, u64>>,
 }
 
 impl Tally {
@@ -69,6 +72,14 @@ impl Tally {
 
     pub(crate) fn mismatch(&self) {
         self.mismatches.fetch_add(1, Ordering::Relaxed);
+    }
+
+    pub(crate) fn failed(&self, kind: ErrorKind) {
+        *self.failures.lock().unwrap_or_else(PoisonError::into_inner).entry(kind).or_default() += 1;
+    }
+
+    pub(crate) fn failures(&self) -> BTreeMap<ErrorKind, u64> {
+        self.failures.lock().unwrap_or_else(PoisonError::into_inner).clone()
     }
 
     pub(crate) fn snapshot(&self, active: usize) -> Counters {

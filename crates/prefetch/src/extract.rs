@@ -6,7 +6,6 @@ use std::sync::Arc;
 use std::time::Duration;
 
 use bytes::Bytes;
-use futures::StreamExt;
 use millstream_chunkstore::Layer;
 use millstream_source::{ByteStream, ContentSource, ErrorKind, SourceError};
 use millstream_toc::format::SpanIx;
@@ -19,6 +18,7 @@ use crate::attached::ImageSources;
 use crate::deliver::{ChunkSink, toc_failed};
 use crate::fetcher::Shared;
 use crate::gate::Urgency;
+use crate::pace::Paced;
 use crate::plan::{self, Group};
 
 /// Pieces of a body between the connection and the decompressor.
@@ -69,9 +69,10 @@ impl Attempt<'_> {
 
     /// Passes the `left` bytes of the body on, piece by piece. Ends early, without an error, when nobody takes the pieces any
     /// more.
-    async fn pump(self, mut body: ByteStream, mut left: u64, pieces: mpsc::Sender<Bytes>) -> Result<(), SourceError> {
+    async fn pump(self, body: ByteStream, mut left: u64, pieces: mpsc::Sender<Bytes>) -> Result<(), SourceError> {
         let Self { shared, layer, urgency, .. } = self;
-        while let Some(piece) = next_piece(&mut body, shared.options.idle_timeout).await? {
+        let mut body = Paced::new(body, shared.options.idle_timeout);
+        while let Some(piece) = body.next().await? {
             shared.tally.received(urgency.priority(), piece.len());
             left = left.checked_sub(piece.len() as u64).ok_or_else(|| wrong_length(layer))?;
             if pieces.send(piece).await.is_err() {
@@ -198,19 +199,6 @@ fn runs(chunks: &[Chunk]) -> impl Iterator<Item = &[Chunk]> {
         rest = after;
         Some(run)
     })
-}
-
-/// The next piece of a body, empty ones skipped; `None` at its end.
-pub(crate) async fn next_piece(body: &mut ByteStream, idle: Duration) -> Result<Option<Bytes>, SourceError> {
-    let next = async {
-        loop {
-            match body.next().await.transpose()? {
-                Some(piece) if piece.is_empty() => {}
-                other => return Ok(other),
-            }
-        }
-    };
-    bounded(idle, "next bytes of a blob", next).await
 }
 
 /// Ends `work` with [`ErrorKind::TimedOut`] after `bound`.

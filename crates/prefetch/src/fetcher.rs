@@ -1,13 +1,14 @@
 //! The front door: layers come and go, readers ask for ranges.
 
-use std::collections::HashMap;
+use std::collections::{BTreeMap, HashMap};
 use std::sync::{Arc, PoisonError, RwLock};
 
 use bytes::Bytes;
-use millstream_chunkstore::{Layer, Store};
+use millstream_chunkstore::{Layer, Refusal, Store};
 use millstream_oci::Digest;
 use millstream_source::{ErrorKind, Priority, SourceError, names};
 use millstream_toc::DataRange;
+use millstream_toc::read::Chunk;
 use tokio::runtime::Handle;
 
 use crate::attached::{Attached, ImageSources};
@@ -181,14 +182,9 @@ impl Fetcher {
             SourceError::new(ErrorKind::Local, format!("range {range} is too long to be fetched without storing it"))
         };
         let len = usize::try_from(range.len()).ok().filter(|_| range.len() <= MAX_UNSTORED).ok_or_else(too_long)?;
-        let missing = missing(&attached.layer, range)?;
         let source = attached.layer.clone();
-        let there = self.shared.runtime.spawn_blocking(move || {
-            let mut bytes = vec![0; len];
-            source.read(range, &mut bytes).map(|()| bytes)
-        });
-        let there =
-            there.await.map_err(|e| SourceError::new(ErrorKind::Local, e.to_string()))?.map_err(store_failed)?;
+        let there = self.shared.runtime.spawn_blocking(move || there(&source, range, len));
+        let (there, missing) = there.await.map_err(|e| SourceError::new(ErrorKind::Local, e.to_string()))??;
         let memory = Arc::new(MemorySink::new(range, there, &missing));
         let sink: Arc<dyn ChunkSink> = memory.clone();
         let urgency = Urgency::new(Priority::Demand);
@@ -206,6 +202,11 @@ impl Fetcher {
         let work = bounded(self.shared.options.read_deadline, "missing chunks", all);
         attached.cancel.run_until_cancelled(work).await.ok_or_else(ended)??;
         Ok(Bytes::from(memory.take()))
+    }
+
+    /// Whether sources of the layer are known.
+    pub fn is_attached(&self, layer: &Digest) -> bool {
+        self.attached(layer).is_ok()
     }
 
     /// Queues a layer to be made wholly local. Layers are done in the order of these calls; a call for one that is queued,
@@ -235,6 +236,11 @@ impl Fetcher {
         self.shared.tally.snapshot(self.shared.gate.running())
     }
 
+    /// Attempts to fetch bytes from a source that failed since the start, by what went wrong.
+    pub fn failures(&self) -> BTreeMap<ErrorKind, u64> {
+        self.shared.tally.failures()
+    }
+
     /// What waits now.
     pub fn queues(&self) -> Queues {
         Queues { requests: self.shared.gate.waiting(), layers: self.hydration.waiting() }
@@ -243,6 +249,26 @@ impl Fetcher {
     /// How far a layer is; `None` when it is not attached.
     pub fn progress(&self, layer: &Digest) -> Option<Progress> {
         self.attached(layer).ok().map(|attached| attached.hydration.progress(&attached.layer))
+    }
+}
+
+/// The bytes of `range` as far as the store has them, and the chunks that are missing. A disk that cannot be read has none.
+fn there(layer: &Layer, range: DataRange, len: usize) -> Result<(Vec<u8>, Vec<Chunk>), SourceError> {
+    let mut bytes = vec![0; len];
+    match layer.read(range, &mut bytes) {
+        Ok(missing) => Ok((bytes, missing)),
+        Err(error) if Refusal::of(&error).is_some() => {
+            let toc = layer.toc();
+            let mut missing = Vec::new();
+            for chunk in toc.chunks_in(range).map_err(toc_failed)? {
+                if !toc.is_hole(chunk.ix).map_err(toc_failed)? {
+                    missing.push(chunk);
+                }
+            }
+            bytes.fill(0);
+            Ok((bytes, missing))
+        }
+        Err(error) => Err(store_failed(error)),
     }
 }
 

@@ -1,5 +1,6 @@
 //! One fetch of one group of spans, shared by everyone who waits for a chunk of it.
 
+use std::collections::BTreeMap;
 use std::ops::Range;
 use std::sync::Arc;
 
@@ -11,6 +12,7 @@ use millstream_toc::DataRange;
 use millstream_toc::format::{ChunkIx, SpanIx};
 use millstream_toc::read::Chunk;
 use millstream_toc::span::Edge;
+use tokio::time::Instant;
 
 use crate::attached::{Attached, ImageSources, Source};
 use crate::deliver::{ChunkSink, store_failed, toc_failed};
@@ -144,19 +146,22 @@ pub(crate) async fn fly(shared: Arc<Shared>, attached: Arc<Attached>, flight: Ar
 }
 
 /// Which half of a source was asked.
-#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+#[derive(Debug, Clone, Copy, PartialEq, Eq, PartialOrd, Ord)]
 enum Half {
     Blob,
     Content,
 }
 
 /// Asks all sources in order, compressed bytes first (but where spans are closed), round after round, until one gives the
-/// group or none is left.
+/// group, none is left, or the next round would come after the reader's deadline.
 pub(crate) async fn fetch(attached: &Attached, attempt: Attempt<'_>) -> Result<(), SourceError> {
     let options = &attempt.shared.options;
     let mut given_up: Vec<(u64, Half)> = Vec::new();
     let mut last = SourceError::new(ErrorKind::Unavailable, "the layer has no source for these bytes");
-    for round in 1..=options.attempts.max(1) {
+    // What each of them said last: each has its own reason, and a person may be able to remove one of them.
+    let mut causes: BTreeMap<(u64, Half), String> = BTreeMap::new();
+    let deadline = Instant::now() + options.read_deadline;
+    for round in 1..=options.rounds.max(1) {
         let mut retry = None;
         for (source, half) in candidates(attached, &attempt.group.way) {
             if given_up.contains(&(source.id, half)) {
@@ -180,12 +185,23 @@ pub(crate) async fn fetch(attached: &Attached, attempt: Attempt<'_>) -> Result<(
                 Retry::Never => given_up.push((source.id, half)),
                 rule => retry = Some(sooner(retry, rule)),
             }
+            causes.insert((source.id, half), error.message.clone());
             last = error;
         }
         match retry {
-            Some(rule) if round < options.attempts => tokio::time::sleep(options.pause(round, rule)).await,
+            Some(rule) if round < options.rounds => {
+                let next = Instant::now() + options.pause(round, rule);
+                // Nobody would wait for what comes then; why it failed so far says more than that time was up.
+                if next >= deadline {
+                    break;
+                }
+                tokio::time::sleep_until(next).await;
+            }
             _ => break,
         }
+    }
+    if causes.len() > 1 {
+        last.message = causes.into_values().collect::<Vec<_>>().join("; ");
     }
     Err(last)
 }
@@ -202,6 +218,7 @@ fn candidates(attached: &Attached, way: &Way) -> Vec<(Arc<Source>, Half)> {
 
 fn judge(attempt: Attempt<'_>, source: &Source, error: &SourceError) {
     let layer = attempt.layer.digest();
+    attempt.shared.tally.failed(error.kind);
     if error.kind == ErrorKind::DigestMismatch {
         source.blame();
         attempt.shared.tally.mismatch();

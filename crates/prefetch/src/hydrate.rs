@@ -3,9 +3,10 @@
 use std::collections::VecDeque;
 use std::sync::atomic::{AtomicBool, AtomicU64, Ordering};
 use std::sync::{Arc, Mutex, MutexGuard, PoisonError};
+use std::time::Duration;
 
 use futures::StreamExt;
-use millstream_chunkstore::{Layer, LayerState};
+use millstream_chunkstore::{Layer, LayerState, Refusal};
 use millstream_source::{ErrorKind, SourceError, names};
 use millstream_toc::BlobRange;
 use tokio::sync::{mpsc, watch};
@@ -17,6 +18,11 @@ use crate::fetcher::Shared;
 use crate::part::Pass;
 use crate::rebuild::{Verdict, rebuild};
 use crate::skeleton::{self, Outcome};
+
+/// How often it is looked whether there is room for a layer, before others have their turn.
+const ROOM_LOOKS: u32 = 8;
+/// Between two looks. Content of other layers is given up meanwhile.
+const ROOM_PAUSE: Duration = Duration::from_millis(250);
 
 /// Where the hydration of a layer stands.
 #[derive(Debug, Clone, Copy, PartialEq, Eq, Default)]
@@ -102,6 +108,8 @@ impl Status {
     pub(crate) fn progress(&self, layer: &Layer) -> Progress {
         let inner = self.lock();
         let state = match layer.state() {
+            // It was, and then its content was given up.
+            LayerState::Lazy if inner.state == HydrationState::Verified => HydrationState::Idle,
             LayerState::Lazy => inner.state,
             LayerState::Verified => HydrationState::Verified,
             LayerState::Quarantined { .. } => HydrationState::Quarantined,
@@ -185,7 +193,8 @@ impl Hydration {
         }
         {
             let mut status = attached.hydration.lock();
-            if status.state != HydrationState::Idle {
+            // A layer that was verified and is lazy had its content given up.
+            if !matches!(status.state, HydrationState::Idle | HydrationState::Verified) {
                 return;
             }
             status.state = HydrationState::Queued;
@@ -292,6 +301,7 @@ impl Hydration {
 
     /// Makes the layer local and judges it: by its skeleton if that is the short way, else by its blob.
     async fn pass(&self, attached: &Arc<Attached>) -> Result<(), Failure> {
+        self.room_for(&attached.layer).await?;
         // Again: what came since for other layers may be of use for this one.
         self.shared.share_all(attached).await;
         let status = &attached.hydration;
@@ -307,6 +317,23 @@ impl Hydration {
             Outcome::Failed(error) => Err(Failure::Again(error)),
             Outcome::Proven => self.finish(attached).await,
         }
+    }
+
+    /// A layer that would not fit is not begun: half of it would only take the place of others.
+    async fn room_for(&self, layer: &Layer) -> Result<(), Failure> {
+        let missing = layer.bytes_total().saturating_sub(layer.bytes_present());
+        for _ in 0..ROOM_LOOKS {
+            if self.shared.store.space().claim(missing, layer.last_use()) {
+                return Ok(());
+            }
+            tokio::time::sleep(ROOM_PAUSE).await;
+        }
+        let message = format!(
+            "{}: {missing} bytes of layer {} are missing and do not fit into the store; hint: store.quota, or a larger disk",
+            Refusal::Full.code(),
+            layer.digest()
+        );
+        Err(Failure::Again(SourceError::new(ErrorKind::Local, message)))
     }
 
     /// Reads the whole blob once, stores it and judges it.

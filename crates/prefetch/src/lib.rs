@@ -15,6 +15,7 @@ mod hydrate;
 mod landing;
 mod lru;
 mod options;
+mod pace;
 mod part;
 pub mod plan;
 pub mod queue;

@@ -32,9 +32,12 @@ impl Jitter for RandomJitter {
 pub struct FetchOptions {
     /// A read ends with an error after this long.
     pub read_deadline: Duration,
-    /// A source that gives no byte for this long is given up for this attempt.
+    /// A source that gives no byte for this long, or hardly any, is given up for this attempt. Several of it should fit into
+    /// `read_deadline`, or the next source is never asked.
     pub idle_timeout: Duration,
-    /// How often a fetch goes round all its sources.
+    /// How often a fetch for a reader goes round all its sources: enough to fill `read_deadline` with pauses.
+    pub rounds: u32,
+    /// How often hydration asks each source for one part before it rests as a whole.
     pub attempts: u32,
     /// Pause before the second round; doubles from round to round.
     pub backoff_first: Duration,
@@ -103,6 +106,7 @@ impl Default for FetchOptions {
         Self {
             read_deadline: Duration::from_secs(60),
             idle_timeout: Duration::from_secs(15),
+            rounds: 20,
             attempts: 5,
             backoff_first: Duration::from_millis(100),
             backoff_max: Duration::from_secs(5),
@@ -142,7 +146,8 @@ impl FetchOptions {
     pub(crate) fn pause(&self, failures: u32, retry: Retry) -> Duration {
         let pause = self.jitter.spread(doubled(self.backoff_first, failures, self.backoff_max));
         match retry {
-            Retry::After(asked) => pause.max(asked.min(self.read_deadline)),
+            // Not all at the very moment that the source named.
+            Retry::After(asked) => pause + asked.min(self.read_deadline),
             Retry::Soon | Retry::Never => pause,
         }
     }

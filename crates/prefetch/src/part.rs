@@ -7,10 +7,11 @@ use millstream_source::{ErrorKind, Priority, SourceError, names};
 use millstream_toc::BlobRange;
 
 use crate::attached::{Attached, Source};
-use crate::extract::{bounded, next_piece};
+use crate::extract::bounded;
 use crate::fetcher::Shared;
 use crate::gate::Urgency;
 use crate::hydrate::Permission;
+use crate::pace::Paced;
 
 /// What the parts of one pass share.
 pub(crate) struct Pass<'a> {
@@ -51,6 +52,7 @@ impl Pass<'_> {
                 return Err(SourceError::new(ErrorKind::Unavailable, "the layer has no source"));
             };
             let Err(error) = self.read(source, range, &mut bytes).await else { continue };
+            self.shared.tally.failed(error.kind);
             failures = if bytes.len() > before { 1 } else { failures + 1 };
             tracing::debug!(
                 { names::LAYER } = %self.attached.layer.digest(), { names::CODE } = error.kind.code(), %error,
@@ -72,7 +74,8 @@ impl Pass<'_> {
         let rest = BlobRange::new(range.start + bytes.len() as u64, range.end);
         let (digest, idle) = (attached.layer.digest(), shared.options.idle_timeout);
         shared.tally.request();
-        let mut body = bounded(idle, "first byte of a blob", source.image.blob.read(&digest, rest)).await?;
+        let body = bounded(idle, "first byte of a blob", source.image.blob.read(&digest, rest)).await?;
+        let mut body = Paced::new(body, idle);
         self.note(source);
         let mut patience = shared.options.starvation;
         let mut left = rest.len();
@@ -82,7 +85,7 @@ impl Pass<'_> {
             let piece = tokio::select! {
                 biased;
                 () = permission.withdrawn() => return Ok(()),
-                piece = next_piece(&mut body, idle) => piece?,
+                piece = body.next() => piece?,
             };
             let Some(piece) = piece else { break };
             shared.tally.received(Priority::Hydrate, piece.len());

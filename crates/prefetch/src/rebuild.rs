@@ -13,6 +13,7 @@ use millstream_toc::{Budget, BuildError, BuildOptions, BuildSink, DataRange, Toc
 use sha2::{Digest as _, Sha256};
 use tokio::sync::mpsc;
 
+use crate::background::Courtesy;
 use crate::deliver::store_failed;
 
 /// What a pass proved.
@@ -39,7 +40,13 @@ pub(crate) fn rebuild(layer: &Layer, parts: mpsc::Receiver<Bytes>, budget: Budge
     // file of more than all content.
     let (tar, data) = (toc.tar_size(), toc.data_size());
     let budget = Budget { max_tar_size: tar, max_file_size: data, max_ratio: u64::MAX, ..budget };
-    let mut blob = Parts { parts, current: Bytes::new(), left: toc.blob_size(), hash: Sha256::new() };
+    let mut blob = Parts {
+        parts,
+        current: Bytes::new(),
+        left: toc.blob_size(),
+        hash: Sha256::new(),
+        courtesy: Courtesy::of_this_thread(),
+    };
     let mut sink = Keeper { layer, toc, wrong: None, failed: None };
     let built = build(&mut blob, &BuildOptions { budget, ..BuildOptions::new(compression) }, &mut sink);
     if let Some(error) = sink.failed {
@@ -83,11 +90,14 @@ struct Parts {
     current: Bytes,
     left: u64,
     hash: Sha256,
+    courtesy: Courtesy,
 }
 
 impl Read for Parts {
     fn read(&mut self, out: &mut [u8]) -> io::Result<usize> {
         while self.current.is_empty() {
+            // Nothing more is fetched meanwhile than fits into the channel: all of hydration rests.
+            self.courtesy.rest();
             match self.parts.blocking_recv() {
                 Some(part) => self.current = part,
                 None if self.left == 0 => return Ok(0),

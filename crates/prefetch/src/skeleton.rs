@@ -16,8 +16,9 @@ use millstream_toc::{Budget, BuildOptions, Compression, DataRange, Reassembled, 
 use crate::background::at_low_priority;
 use crate::deliver::{store_failed, toc_failed};
 use crate::ensure::missing;
-use crate::extract::{bounded, next_piece};
+use crate::extract::bounded;
 use crate::gate::Urgency;
+use crate::pace::Paced;
 use crate::part::Pass;
 use crate::plan;
 
@@ -115,12 +116,12 @@ async fn fetch_skeleton(pass: &Pass<'_>, limit: u64) -> Result<Option<Bytes>, So
     let _permit = shared.gate.acquire(&urgency).await?;
     shared.tally.request();
     let idle = shared.options.idle_timeout;
-    let Skeleton { size, mut packed } = bounded(idle, "skeleton", content.skeleton(&layer)).await?;
+    let Skeleton { size, packed } = bounded(idle, "skeleton", content.skeleton(&layer)).await?;
     if size > limit {
         return Ok(None);
     }
-    let mut bytes = BytesMut::new();
-    while let Some(piece) = next_piece(&mut packed, idle).await? {
+    let (mut bytes, mut packed) = (BytesMut::new(), Paced::new(packed, idle));
+    while let Some(piece) = packed.next().await? {
         if bytes.len() as u64 + piece.len() as u64 > size {
             return Err(SourceError::new(ErrorKind::Malformed, format!("skeleton of {layer} is longer than it says")));
         }
@@ -166,7 +167,10 @@ fn judge(layer: &Layer, skeleton: &[u8], budget: Budget) -> Result<(), String> {
     let text = |error: io::Error| format!("skeleton: {error}");
     let mut decoder = zstd::stream::read::Decoder::with_buffer(skeleton).map_err(text)?;
     decoder.window_log_max(WINDOW_LOG_MAX).map_err(text)?;
-    let content = |range, out: &mut [u8]| layer.read(range, out).map_err(local);
+    let content = |range, out: &mut [u8]| match layer.read(range, out).map_err(local)?.is_empty() {
+        true => Ok(()),
+        false => Err(io::Error::other("content was given up meanwhile")),
+    };
     let tar = Reassembled::new(toc, decoder, content).map_err(|e| e.to_string())?;
     let mut options = BuildOptions::new(Compression::Plain);
     options.budget = budget;

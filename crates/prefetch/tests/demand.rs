@@ -104,7 +104,7 @@ async fn broken_bodies_are_asked_for_again() {
     source.cut.store(1000, Ordering::SeqCst);
     let error = world.fetcher.ensure(&image.digest, world.file(2), DEMAND).await.unwrap_err();
     assert_eq!(error.kind, ErrorKind::Unavailable);
-    assert_eq!(source.requests().len(), 3 + options().attempts as usize);
+    assert_eq!(source.requests().len(), 3 + options().rounds as usize);
     assert_eq!(world.fetcher.counters().digest_mismatches, 0);
 }
 

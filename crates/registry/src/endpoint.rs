@@ -9,6 +9,7 @@ use millstream_source::{ErrorKind, SourceError};
 use reqwest::{Client, redirect};
 use tokio::time::Instant;
 
+use crate::egress::Names;
 use crate::hosts::{self, HostConfig, Hosts, Stamp, TlsConfig};
 use crate::options::{MAX_CACHED, RegistryOptions};
 
@@ -23,8 +24,9 @@ pub(crate) struct Endpoint {
 pub(crate) type EndpointList = Arc<[Arc<Endpoint>]>;
 
 /// The endpoints of every registry in use; follows changes of the files.
-#[derive(Debug, Default)]
+#[derive(Debug)]
 pub(crate) struct Endpoints {
+    names: Names,
     registries: Mutex<HashMap<String, Known>>,
     clients: Mutex<HashMap<ClientKey, Client>>,
 }
@@ -48,6 +50,11 @@ struct ClientKey {
 }
 
 impl Endpoints {
+    /// None yet; their clients will resolve names with `names`.
+    pub(crate) fn new(names: Names) -> Self {
+        Self { names, registries: Mutex::default(), clients: Mutex::default() }
+    }
+
     /// The endpoints of `registry` now, in the order to ask them.
     ///
     /// # Errors
@@ -90,6 +97,9 @@ impl Endpoints {
         let Hosts { hosts, stamp } = hosts::load(options.hosts_dir.as_deref(), registry).map_err(local)?;
         let mut endpoints = Vec::new();
         for config in hosts.into_iter().filter(|host| !is_ignored(host, options)) {
+            if let (true, Some(host)) = (config.named, config.base.host_str()) {
+                self.names.configure(host);
+            }
             let client = self.client(&config, options)?;
             endpoints.push(Arc::new(Endpoint { config, client }));
         }
@@ -110,7 +120,7 @@ impl Endpoints {
         if let Some(client) = clients.get(&key) {
             return Ok(client.clone());
         }
-        let client = build(&key, options)?;
+        let client = build(&key, options, &self.names)?;
         if clients.len() >= MAX_CACHED {
             clients.clear();
         }
@@ -129,7 +139,7 @@ fn is_ignored(host: &HostConfig, options: &RegistryOptions) -> bool {
     options.ignored_hosts.contains(&authority)
 }
 
-fn build(key: &ClientKey, options: &RegistryOptions) -> Result<Client, SourceError> {
+fn build(key: &ClientKey, options: &RegistryOptions, names: &Names) -> Result<Client, SourceError> {
     let failed = |error: reqwest::Error| local(format!("cannot set up TLS: {error}"));
     let builder = || {
         let builder = Client::builder()
@@ -141,6 +151,7 @@ fn build(key: &ClientKey, options: &RegistryOptions) -> Result<Client, SourceErr
             .no_brotli()
             .no_zstd()
             .no_deflate()
+            .dns_resolver(names.clone())
             .user_agent(&options.user_agent)
             .connect_timeout(key.connect_timeout.unwrap_or(options.connect_timeout))
             .pool_max_idle_per_host(options.max_connections_per_host);

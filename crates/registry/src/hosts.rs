@@ -16,6 +16,9 @@ use toml::Spanned;
 /// Name of the file in a host's directory.
 const FILE: &str = "hosts.toml";
 
+/// Directory for registries that have none of their own.
+const DEFAULT: &str = "_default";
+
 /// Largest `hosts.toml`, in bytes.
 const MAX_FILE: u64 = 1 << 20;
 
@@ -35,6 +38,8 @@ pub(crate) struct HostConfig {
     pub(crate) tls: TlsConfig,
     /// Time-out for connecting, if its own.
     pub(crate) connect_timeout: Option<Duration>,
+    /// Whether somebody wrote down that this host is to be asked, instead of its name being made of the registry's.
+    pub(crate) named: bool,
 }
 
 /// How to speak TLS with a host.
@@ -92,7 +97,12 @@ pub(crate) fn load(dir: Option<&Path>, registry: &str) -> Result<Hosts, String> 
         None => vec![RawHost::default().resolve(None, Path::new(""))?],
         Some(found) => read_directory(found)?,
     };
-    let hosts: Vec<HostConfig> = configs.into_iter().map(|host| host.finish(registry)).collect::<Result<_, _>>()?;
+    let mut hosts: Vec<HostConfig> = configs.into_iter().map(|host| host.finish(registry)).collect::<Result<_, _>>()?;
+    // A directory of its own names it, too.
+    let is_default = |dir: &PathBuf| dir.file_name().is_none_or(|name| name == DEFAULT);
+    if found.as_ref().is_some_and(|dir| !is_default(dir)) {
+        hosts.iter_mut().for_each(|host| host.named = true);
+    }
     let secrets = hosts.iter().flat_map(|host| {
         let client = host.tls.client.iter().flat_map(|(cert, key)| std::iter::once(cert).chain(key));
         host.tls.ca.iter().chain(client).cloned()
@@ -104,7 +114,7 @@ pub(crate) fn load(dir: Option<&Path>, registry: &str) -> Result<Hosts, String> 
 /// Where settings for `registry` may be, best first: `host_port_`, `host:port`, `_default`.
 fn directories(root: &Path, registry: &str) -> Vec<PathBuf> {
     let escaped = registry.rsplit_once(':').map(|(host, port)| format!("{host}_{port}_"));
-    escaped.iter().map(String::as_str).chain([registry, "_default"]).map(|name| root.join(name)).collect()
+    escaped.iter().map(String::as_str).chain([registry, DEFAULT]).map(|name| root.join(name)).collect()
 }
 
 /// Directory entries that are looked at, at most.
@@ -340,6 +350,7 @@ fn server_url(server: &str, override_path: bool) -> Result<(Url, String), String
 impl PartialHost {
     fn finish(self, registry: &str) -> Result<HostConfig, String> {
         let Self { base, authority, resolve, pull, headers, mut tls, connect_timeout } = self;
+        let named = base.is_some();
         let (base, mirror, resolve, pull) = match base {
             Some(base) => {
                 let mirror = authority != registry && !(registry == "docker.io" && authority == "registry-1.docker.io");
@@ -353,7 +364,7 @@ impl PartialHost {
                 (base, false, true, true)
             }
         };
-        Ok(HostConfig { base, mirror, resolve, pull, headers, tls, connect_timeout })
+        Ok(HostConfig { base, mirror, resolve, pull, headers, tls, connect_timeout, named })
     }
 }
 

@@ -3,6 +3,7 @@
 mod auth;
 mod credential;
 mod docker_config;
+mod egress;
 mod endpoint;
 mod failure;
 #[cfg(fuzzing)]
@@ -11,10 +12,12 @@ mod hosts;
 mod inward;
 mod options;
 mod repository;
+mod rest;
 mod transport;
 
 pub use credential::{Credential, Secret};
 pub use docker_config::docker_config_credential;
+pub use egress::Egress;
 pub use hosts::registries_at;
 pub use millstream_oci::TagOrDigest;
 pub use millstream_source::Fetched;

@@ -3,6 +3,8 @@
 use std::path::PathBuf;
 use std::time::Duration;
 
+use crate::egress::Egress;
+
 /// Settings of a [`crate::Registry`].
 #[derive(Debug, Clone)]
 pub struct RegistryOptions {
@@ -24,6 +26,8 @@ pub struct RegistryOptions {
     pub max_connections_per_host: usize,
     /// `User-Agent` of every request.
     pub user_agent: String,
+    /// Where connections may lead.
+    pub egress: Egress,
 }
 
 impl Default for RegistryOptions {
@@ -38,6 +42,7 @@ impl Default for RegistryOptions {
             queue_timeout: Duration::from_secs(30),
             max_connections_per_host: 8,
             user_agent: concat!("millstream/", env!("CARGO_PKG_VERSION")).to_owned(),
+            egress: Egress::Anywhere,
         }
     }
 }

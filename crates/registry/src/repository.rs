@@ -14,9 +14,11 @@ use reqwest::{Method, StatusCode, Url};
 
 use crate::auth::{Asker, TokenKey, Tokens};
 use crate::credential::Credential;
+use crate::egress::Names;
 use crate::endpoint::{Endpoint, Endpoints};
 use crate::failure::{Failures, shown};
 use crate::options::{MAX_CACHED, RegistryOptions};
+use crate::rest::Rests;
 use crate::transport::{Answer, Request, Transport, is_stale};
 
 /// Everything about registries that the program has one of: connections, tokens, hosts. Cheap to clone.
@@ -31,6 +33,7 @@ struct Shared {
     endpoints: Arc<Endpoints>,
     transport: Transport,
     tokens: Tokens,
+    rests: Rests,
 }
 
 impl Registry {
@@ -44,8 +47,11 @@ impl Registry {
             return Err(SourceError::new(ErrorKind::Local, "no TLS provider is installed in this process"));
         }
         let options = Arc::new(options);
-        let transport = Transport::new(Arc::clone(&options));
-        let shared = Shared { options, endpoints: Arc::default(), transport, tokens: Tokens::default() };
+        // Most of the time for a connection is left for the connection.
+        let names = Names::new(options.egress.clone(), options.connect_timeout / 2);
+        let transport = Transport::new(Arc::clone(&options), names.clone());
+        let endpoints = Arc::new(Endpoints::new(names));
+        let shared = Shared { options, endpoints, transport, tokens: Tokens::default(), rests: Rests::default() };
         Ok(Self { shared: Arc::new(shared) })
     }
 
@@ -67,8 +73,8 @@ impl Registry {
 /// One repository, reached with one credential at the hosts that are configured for its registry.
 ///
 /// Hosts are asked in their order until one succeeds. All errors are [`SourceError`]s; their texts hold no credentials
-/// and no query of any URL. Nothing here is tried twice but a request that was challenged and a redirect that had
-/// expired: see [`millstream_source::RetryingBlobSource`].
+/// and no query of any URL. A host that keeps failing, or that asked for a pause, is left alone for a while, and its last
+/// failure stands for it. Nothing here is tried twice but a request that was challenged and a redirect that had expired: see [`millstream_source::RetryingBlobSource`].
 #[derive(Debug)]
 pub struct Repository {
     shared: Arc<Shared>,
@@ -226,10 +232,7 @@ impl Repository {
         let (first, rest): (Vec<_>, Vec<_>) = endpoints.iter().partition(is_preferred);
         let mut failures = Failures::default();
         for endpoint in first.into_iter().chain(rest).filter(|endpoint| ask.may_be_asked(endpoint)) {
-            let result = match self.ask_endpoint(endpoint, ask).await {
-                Ok(answer) => ask.accept(answer).await,
-                Err(error) => Err(error),
-            };
+            let result = self.ask_rested(endpoint, ask).await;
             match result {
                 Ok(answer) => return Ok((answer, Arc::clone(endpoint))),
                 Err(error) => failures.add(error),
@@ -238,17 +241,37 @@ impl Repository {
         Err(failures.into_error(&self.registry))
     }
 
-    /// One request to one host, repeated once when it is challenged.
-    async fn ask_endpoint(&self, endpoint: &Endpoint, ask: &Ask<'_>) -> Result<Answer, SourceError> {
-        let Shared { transport, tokens, .. } = &*self.shared;
-        let key = TokenKey {
-            host: endpoint.config.base.origin().ascii_serialization(),
-            repository: self.name.clone(),
-            credential: self.fingerprint,
+    /// Asks a host unless it is to be left alone, and remembers how that went.
+    async fn ask_rested(&self, endpoint: &Endpoint, ask: &Ask<'_>) -> Result<Answer, SourceError> {
+        let key = self.key(endpoint);
+        self.shared.rests.check(&key)?;
+        let result = match self.ask_endpoint(endpoint, ask).await {
+            Ok(answer) => ask.accept(answer).await,
+            Err(error) => Err(error),
         };
+        self.shared.rests.note(&key, result.as_ref().err());
+        result
+    }
+
+    /// One request to one host; a second one where it does not know the method `HEAD`.
+    async fn ask_endpoint(&self, endpoint: &Endpoint, ask: &Ask<'_>) -> Result<Answer, SourceError> {
+        let answer = self.exchange(endpoint, ask, ask.method()).await?;
+        let unknown = matches!(answer.status(), StatusCode::METHOD_NOT_ALLOWED | StatusCode::NOT_IMPLEMENTED);
+        if ask.method() == Method::HEAD && unknown {
+            answer.drain().await;
+            return self.exchange(endpoint, ask, Method::GET).await;
+        }
+        Ok(answer)
+    }
+
+    /// One request to one host, repeated once when it is challenged.
+    async fn exchange(&self, endpoint: &Endpoint, ask: &Ask<'_>, method: Method) -> Result<Answer, SourceError> {
+        let Shared { transport, tokens, .. } = &*self.shared;
+        let key = self.key(endpoint);
         let asker = Asker { transport, endpoint, repository: &self.name, credential: &self.credential };
         let used = tokens.current(&key, asker).await?;
-        let answer = transport.send(&endpoint.client, self.request(endpoint, ask, used.clone())).await?;
+        let answer =
+            transport.send(&endpoint.client, self.request(endpoint, ask, method.clone(), used.clone())).await?;
         // Only the registry itself may challenge: what a redirect led to gets no credentials.
         if answer.status() != StatusCode::UNAUTHORIZED || answer.foreign {
             return Ok(answer);
@@ -256,10 +279,24 @@ impl Repository {
         let headers = answer.response.headers().clone();
         answer.drain().await;
         let fresh = tokens.challenged(&key, asker, used.as_ref(), &headers).await?;
-        transport.send(&endpoint.client, self.request(endpoint, ask, Some(fresh))).await
+        transport.send(&endpoint.client, self.request(endpoint, ask, method, Some(fresh))).await
     }
 
-    fn request(&self, endpoint: &Endpoint, ask: &Ask<'_>, authorization: Option<HeaderValue>) -> Request {
+    fn key(&self, endpoint: &Endpoint) -> TokenKey {
+        TokenKey {
+            host: endpoint.config.base.origin().ascii_serialization(),
+            repository: self.name.clone(),
+            credential: self.fingerprint,
+        }
+    }
+
+    fn request(
+        &self,
+        endpoint: &Endpoint,
+        ask: &Ask<'_>,
+        method: Method,
+        authorization: Option<HeaderValue>,
+    ) -> Request {
         let config = &endpoint.config;
         let mut url = config.base.clone();
         url.set_path(&format!("{}/{}/{}", config.base.path().trim_end_matches('/'), self.name, ask.path()));
@@ -270,7 +307,7 @@ impl Repository {
         if let Some(authorization) = authorization {
             private.insert(AUTHORIZATION, authorization);
         }
-        Request { method: ask.method(), url, headers: ask.headers(), private }
+        Request { method, url, headers: ask.headers(), private }
     }
 
     /// Reads from where the blob was found last, if that was behind a redirect and still answers.

@@ -11,6 +11,7 @@ use reqwest::header::{ACCEPT_ENCODING, CONTENT_ENCODING, HeaderMap, HeaderValue,
 use reqwest::{Client, Method, Response, StatusCode, Url};
 use tokio::sync::{OwnedSemaphorePermit, Semaphore};
 
+use crate::egress::Names;
 use crate::failure::{broken, refused, shown};
 use crate::inward;
 use crate::options::{MAX_CACHED, MAX_DRAIN, MAX_REDIRECTS, MIN_RATE, RegistryOptions};
@@ -19,6 +20,7 @@ use crate::options::{MAX_CACHED, MAX_DRAIN, MAX_REDIRECTS, MIN_RATE, RegistryOpt
 #[derive(Debug)]
 pub(crate) struct Transport {
     options: Arc<RegistryOptions>,
+    names: Names,
     places: Mutex<HashMap<String, Arc<Semaphore>>>,
 }
 
@@ -46,8 +48,8 @@ pub(crate) struct Answer {
 }
 
 impl Transport {
-    pub(crate) fn new(options: Arc<RegistryOptions>) -> Self {
-        Self { options, places: Mutex::default() }
+    pub(crate) fn new(options: Arc<RegistryOptions>, names: Names) -> Self {
+        Self { options, names, places: Mutex::default() }
     }
 
     /// Sends `request` and follows its redirects. Private headers are dropped for good on the first step to another
@@ -56,6 +58,7 @@ impl Transport {
         let Request { method, mut url, headers, private } = request;
         let mut foreign = false;
         for _ in 0..=MAX_REDIRECTS {
+            self.names.check(&url)?;
             let place = self.place(&url).await?;
             let mut message = client.request(method.clone(), url.clone()).headers(headers.clone());
             message = message.header(ACCEPT_ENCODING, HeaderValue::from_static("identity"));

@@ -328,6 +328,40 @@ async fn documents_and_blobs_are_verified() {
 }
 
 #[tokio::test]
+async fn a_host_that_knows_no_head_is_asked_with_get() {
+    for status in [405, 501] {
+        let server = Server::start(move |seen| Reply::new(if seen.method == "HEAD" { status } else { 200 })).await;
+        let manifest = ManifestDigest(Digest::of(b"m"));
+        repository(&server, Credential::Anonymous).check_access(&manifest).await.unwrap();
+        let methods: Vec<String> = server.seen().into_iter().map(|seen| seen.method).collect();
+        assert_eq!(methods, ["HEAD", "GET"], "{status}");
+    }
+}
+
+#[tokio::test]
+async fn a_pause_that_is_asked_for_is_kept_by_all_and_the_next_host_serves_meanwhile() {
+    let dir = tempfile::tempdir().unwrap();
+    let busy = Server::start(|_| Reply::new(429).header("retry-after", "60")).await;
+    let origin = Server::start(|seen| Reply::part(seen, CONTENT)).await;
+    let options = RegistryOptions { hosts_dir: Some(dir.path().to_owned()), ..options() };
+    let registry = registry(options);
+    let image = ImageRef::parse("r.example/team/app").unwrap();
+    write_hosts(dir.path(), "r.example", &format!("server = \"{}\"", busy.url("")));
+    for _ in 0..3 {
+        let error = read(&registry.repository(&image, Credential::Anonymous), 0, 2).await.unwrap_err();
+        assert_eq!(error.kind, ErrorKind::Exhausted, "{error}");
+        assert!(matches!(error.retry, Retry::After(wait) if wait > Duration::from_secs(50)), "{error:?}");
+    }
+    assert_eq!(busy.seen().len(), 1, "it has said when it wants to be asked again");
+    let text = format!("server = \"{}\"\n[host.\"{}\"]\n", origin.url(""), busy.url(""));
+    write_hosts(dir.path(), "r.example", &text);
+    assert_eq!(read(&registry.repository(&image, Credential::Anonymous), 0, 2).await.unwrap(), b"01");
+    // What one caller has used up is no other's concern.
+    assert_eq!(read(&registry.repository(&image, ann()), 0, 2).await.unwrap(), b"01");
+    assert_eq!(busy.seen().len(), 2);
+}
+
+#[tokio::test]
 async fn check_access_is_one_head() {
     let server = Server::start(|_| Reply::new(200)).await;
     let manifest = ManifestDigest(Digest::of(b"m"));

@@ -33,6 +33,8 @@ fn start(arguments: &ServerArguments) -> anyhow::Result<()> {
         return Ok(());
     }
     start_log(&settings.log)?;
+    // What is kept of private images is for nobody else.
+    rustix::process::umask(rustix::fs::Mode::from_raw_mode(0o077));
     // Refused only when something else in this process chose a provider already.
     let _ = rustls::crypto::ring::default_provider().install_default();
     let runtime = tokio::runtime::Builder::new_multi_thread().enable_all().build().context("starting the runtime")?;

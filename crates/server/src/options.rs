@@ -1,10 +1,12 @@
 //! From settings to the options of the library and of `registry`.
 
-use millstream_registry::RegistryOptions;
+use millstream_registry::{Egress, RegistryOptions};
 use millstream_server::{
     AccessOptions, ContentOptions, ImportOptions, LimitOptions, ListenOptions, ServiceOptions, TlsFiles,
 };
-use millstream_settings::server::{AccessSettings, BudgetSettings, LimitSettings, Settings, TlsSettings};
+use millstream_settings::server::{
+    AccessSettings, BudgetSettings, LimitSettings, RegistrySettings, Settings, TlsSettings,
+};
 use millstream_toc::Budget;
 
 /// Connections to one registry beside those of imports.
@@ -21,7 +23,18 @@ pub(crate) fn registry(settings: &Settings) -> RegistryOptions {
     // A transfer for an import holds its connection for as long as a builder needs: callers' questions must not wait for it.
     let max_connections_per_host = service(settings).import.builders.saturating_add(CONNECTIONS_BESIDE_IMPORTS);
     let hosts_dir = settings.registry.hosts_dir.clone();
-    RegistryOptions { hosts_dir, max_connections_per_host, ..RegistryOptions::default() }
+    let RegistrySettings { allowed, private, .. } = &settings.registry;
+    let besides = allowed.iter().map(|registry| host_of(registry)).chain(private.iter().map(String::as_str));
+    let egress = Egress::Outside { besides: besides.map(str::to_owned).collect() };
+    RegistryOptions { hosts_dir, max_connections_per_host, egress, ..RegistryOptions::default() }
+}
+
+/// A registry without its port.
+fn host_of(registry: &str) -> &str {
+    match registry.rsplit_once(':') {
+        Some((host, port)) if port.bytes().all(|byte| byte.is_ascii_digit()) => host,
+        _ => registry,
+    }
 }
 
 /// What the service may use.

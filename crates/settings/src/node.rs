@@ -25,6 +25,8 @@ pub struct Settings {
     pub registry: RegistrySettings,
     /// How content is fetched.
     pub fetch: FetchSettings,
+    /// How much of the disk the content of lazy layers may take.
+    pub store: StoreSettings,
     /// The containerd that this node serves.
     pub containerd: ContainerdSettings,
     /// What is logged.
@@ -77,6 +79,27 @@ pub struct FetchSettings {
     pub read_deadline: Duration,
 }
 
+/// `[store]`.
+#[derive(Debug, Clone, PartialEq, Eq, Deserialize, Serialize)]
+#[serde(default, deny_unknown_fields)]
+pub struct StoreSettings {
+    /// Bytes that the content of lazy layers may take; 0: as many as the file system has but for `reserve`.
+    #[serde(with = "amount::size")]
+    pub quota: u64,
+    /// Percent of what content may take: beyond, content is given up, and no layer begins to be made wholly local. 2 to 100.
+    pub high_water: u8,
+    /// Percent down to which content is given up then; 1 to less than `high_water`.
+    pub low_water: u8,
+    /// Bytes of the file system that content leaves free; of a small one a tenth at most.
+    #[serde(with = "amount::size")]
+    pub reserve: u64,
+    /// Whether that goes for wholly local layers of containers, too, which then need the network again.
+    pub evict_used: bool,
+    /// Longest time between writing and syncing content: so much of it is fetched again after a power cut. At least 10 ms.
+    #[serde(with = "amount::duration")]
+    pub sync_interval: Duration,
+}
+
 /// `[containerd]`.
 #[derive(Debug, Clone, PartialEq, Eq, Deserialize, Serialize)]
 #[serde(default, deny_unknown_fields)]
@@ -95,6 +118,7 @@ impl Default for Settings {
             server: ServerSettings::default(),
             registry: RegistrySettings::default(),
             fetch: FetchSettings::default(),
+            store: StoreSettings::default(),
             containerd: ContainerdSettings::default(),
             log: LogSettings::default(),
             metrics: MetricsSettings::default(),
@@ -117,6 +141,19 @@ impl Default for ServerSettings {
 impl Default for FetchSettings {
     fn default() -> Self {
         Self { hydration: true, sharing: true, connections: 8, read_deadline: Duration::from_secs(60) }
+    }
+}
+
+impl Default for StoreSettings {
+    fn default() -> Self {
+        Self {
+            quota: 0,
+            high_water: 90,
+            low_water: 80,
+            reserve: 256 << 20,
+            evict_used: false,
+            sync_interval: Duration::from_secs(5),
+        }
     }
 }
 
@@ -151,7 +188,31 @@ impl Schema for Settings {
             let reason = "must be between \"1ms\" and \"30s\": containerd holds a lock meanwhile";
             return Err(SettingsError::value("decision_deadline", reason));
         }
+        self.store.check()?;
         self.server.check()
+    }
+}
+
+/// Syncing more often than that would only wear the disk out.
+const MIN_SYNC: Duration = Duration::from_millis(10);
+
+impl StoreSettings {
+    fn check(&self) -> Result<(), SettingsError> {
+        let refuse = |key: &'static str, reason: String| Err(SettingsError::value(key, reason));
+        let (high, low) = (self.high_water, self.low_water);
+        if high > 100 {
+            return refuse("store.high_water", format!("is {high}, but it is a percentage"));
+        }
+        if low == 0 || low >= high {
+            return refuse(
+                "store.low_water",
+                format!("is {low}: must be at least 1 and below store.high_water ({high})"),
+            );
+        }
+        if self.sync_interval < MIN_SYNC {
+            return refuse("store.sync_interval", "must be at least \"10ms\"".to_owned());
+        }
+        Ok(())
     }
 }
 
@@ -210,6 +271,9 @@ mod tests {
             ("root = \"relative\"", "absolute"),
             ("[server]\naddress = \"http://10.0.0.1:7443\"", "server.ca"),
             ("[server]\naddress = \"server:7443\"", "https://"),
+            ("[store]\nhigh_water = 101", "store.high_water in line 2: is 101, but it is a percentage"),
+            ("[store]\nhigh_water = 80", "store.low_water: is 80: must be at least 1 and below"),
+            ("[store]\nsync_interval = \"0s\"", "at least \"10ms\""),
             ("[server]\naddress = \"https://server:7443\"", "needs server.ca"),
             ("[server]\ncert = \"/c.pem\"", "server.cert in line 2: server.cert and server.key belong together"),
             ("decision_deadline = \"soon\"", "is not a duration such as \"30s\""),

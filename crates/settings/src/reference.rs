@@ -176,6 +176,7 @@ mod tests {
             ("listen", Kind::Text),
             ("store", Kind::Path),
             ("registry.allowed", Kind::List),
+            ("registry.private", Kind::List),
             ("import.on_demand", Kind::Boolean),
             ("import.deadline", Kind::Duration),
             ("cache.tocs", Kind::Size),

@@ -56,6 +56,8 @@ pub struct RegistrySettings {
     pub hosts_dir: Option<PathBuf>,
     /// Registries that callers may name, such as `"docker.io"`; empty: any that this machine reaches.
     pub allowed: Vec<String>,
+    /// Hosts in private networks that may be asked: names or addresses without a port.
+    pub private: Vec<String>,
 }
 
 /// `[access]`.

@@ -78,7 +78,13 @@ impl Disk {
             lchown(&fs, Some(user), Some(group)).map_err(Error::disk("chown", &fs))?;
         }
         fs::set_permissions(&fs, fs::Permissions::from_mode(0o755)).map_err(Error::disk("chmod", &fs))?;
-        if work { make(&self.work(id)) } else { Ok(()) }
+        if work {
+            make(&self.work(id))?;
+        }
+        // The record is on the disk when it is committed; without this, a power cut may leave it without its directory.
+        [directory, &self.snapshots].into_iter().try_for_each(|path| {
+            fs::File::open(path).and_then(|directory| directory.sync_all()).map_err(Error::disk("sync", path))
+        })
     }
 
     /// Moves the directory of a snapshot, if there is one, to where [`Disk::empty_trash`] finds it.

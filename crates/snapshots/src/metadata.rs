@@ -55,15 +55,18 @@ pub(crate) struct Metadata {
 }
 
 impl Metadata {
-    /// Makes the tables where they are missing.
-    pub(crate) fn open(db: Arc<Database>) -> Result<Self, Error> {
+    /// Makes the tables where they are missing. Numbers begin above `numbers_above` where none was given out yet.
+    pub(crate) fn open(db: Arc<Database>, numbers_above: u64) -> Result<Self, Error> {
         let metadata = Self { db };
         metadata.write(|tx| {
             tx.open_table(RECORDS).map_err(database)?;
             tx.open_table(CHILDREN).map_err(database)?;
             tx.open_table(LAYERS).map_err(database)?;
             tx.open_multimap_table(TARGETS).map_err(database)?;
-            tx.open_table(NUMBERS).map_err(database)?;
+            let mut numbers = tx.open_table(NUMBERS).map_err(database)?;
+            if numbers_above > 0 && numbers.get(NEXT).map_err(database)?.is_none() {
+                numbers.insert(NEXT, numbers_above.saturating_add(1)).map_err(database)?;
+            }
             Ok(())
         })?;
         Ok(metadata)
@@ -101,6 +104,30 @@ impl Metadata {
             next = below;
         }
         Ok(chain)
+    }
+
+    /// Lazy layers below active snapshots and views.
+    pub(crate) fn held(&self) -> Result<HashSet<Digest>, Error> {
+        let records = self.records()?;
+        let mut held = HashSet::new();
+        let mut seen: HashSet<String> = HashSet::new();
+        for entry in records.iter().map_err(database)? {
+            let (name, value) = entry.map_err(database)?;
+            // What cannot be read is shown as damaged elsewhere; nothing is known of its layers.
+            let Ok(record) = Record::decode(name.value(), value.value()) else { continue };
+            if record.kind == Kind::Committed {
+                continue;
+            }
+            let mut next = record.parent;
+            while !next.is_empty() && seen.insert(next.clone()) {
+                let Ok(Some(record)) = read(&records, &next) else { break };
+                if let Backing::Lazy(layer) = record.backing {
+                    held.insert(layer);
+                }
+                next = record.parent;
+            }
+        }
+        Ok(held)
     }
 
     /// Makes an active snapshot or a view. `prepare` is called with its number before anything is recorded; when it

@@ -30,6 +30,9 @@ pub struct Options {
     pub view_deadline: Duration,
     /// For the usage of a snapshot that was committed just now: then the call fails.
     pub usage_deadline: Duration,
+    /// Snapshots of a database that has given out no number yet get numbers above this one: for a new database on a root whose
+    /// old one was lost.
+    pub numbers_above: u64,
     /// The clock for time stamps.
     pub now: fn() -> SystemTime,
 }
@@ -40,6 +43,7 @@ impl Default for Options {
             decide_deadline: Duration::from_secs(1),
             view_deadline: Duration::from_secs(10),
             usage_deadline: Duration::from_secs(10),
+            numbers_above: 0,
             now: SystemTime::now,
         }
     }
@@ -108,11 +112,8 @@ impl Snapshots {
         options: Options,
     ) -> Result<Self, Error> {
         let disk = Arc::new(Disk::open(root)?);
-        let metadata = Metadata::open(db)?;
+        let metadata = Metadata::open(db, options.numbers_above)?;
         let damaged = recover(&metadata, &disk)?;
-        for damage in damaged.values() {
-            tracing::error!(snapshot = damage.name, reason = damage.what, "a snapshot is damaged; the others work");
-        }
         let background = Background::start(&metadata, &disk);
         Ok(Self(Arc::new(Shared {
             metadata,
@@ -138,6 +139,14 @@ impl Snapshots {
     /// When the database fails.
     pub fn layers(&self) -> Result<HashSet<Digest>, Error> {
         self.0.metadata.layers()
+    }
+
+    /// Those of them that containers stand on: they are below an active snapshot or a view. Blocks shortly.
+    ///
+    /// # Errors
+    /// When the database fails.
+    pub fn held_layers(&self) -> Result<HashSet<Digest>, Error> {
+        self.0.metadata.held()
     }
 
     /// Makes the active snapshot `key` on `parent` (empty for none), or, when `labels` offer to skip a layer and that is
@@ -254,6 +263,21 @@ impl Snapshots {
     /// When the database fails.
     pub async fn list(&self, filters: Arc<Filters>, after: Option<String>, limit: usize) -> Result<Vec<Info>, Error> {
         self.blocking(move |shared| shared.metadata.list(after.as_deref(), limit, &filters)).await
+    }
+
+    /// Looks again which snapshots have their directory and a record that can be read; gives those that do not.
+    ///
+    /// # Errors
+    /// When the database or the disk fails.
+    pub async fn check(&self) -> Result<Vec<Damage>, Error> {
+        self.blocking(|shared| {
+            let damaged = recover(&shared.metadata, &shared.disk)?;
+            let found = damaged.values().cloned().collect();
+            *shared.damaged() = damaged;
+            shared.background.empty_trash();
+            Ok(found)
+        })
+        .await
     }
 
     /// Disk space of one snapshot, without what is below it.

@@ -1,7 +1,8 @@
 //! The daemons of this project, with settings of their own in a workdir.
 
 use std::fmt::Write as _;
-use std::net::SocketAddr;
+use std::io::Read as _;
+use std::net::{SocketAddr, TcpStream};
 use std::path::{Path, PathBuf};
 use std::process::Command;
 use std::time::Duration;
@@ -47,7 +48,9 @@ pub struct NodeOptions {
     pub hydration: bool,
     /// How long a read may wait for its bytes.
     pub read_deadline: Duration,
-    /// Where it shows its metrics; none: nowhere.
+    /// Further tables of the settings, as they stand in the file.
+    pub more: String,
+    /// Where its metrics are shown, if anywhere.
     pub metrics: Option<SocketAddr>,
 }
 
@@ -62,6 +65,7 @@ impl NodeOptions {
             containerd: None,
             hydration: true,
             read_deadline: Duration::from_secs(60),
+            more: String::new(),
             metrics: None,
         }
     }
@@ -145,6 +149,11 @@ impl Node {
         self.root.clone()
     }
 
+    /// File with its settings; what is changed there holds from its next start on.
+    pub fn config(&self) -> &Path {
+        &self.config
+    }
+
     /// Its output.
     pub fn log(&self) -> &Path {
         &self.log
@@ -208,6 +217,27 @@ impl Node {
     /// If it does not end.
     pub fn crash(&mut self) -> Result<()> {
         self.process.take().map_or(Ok(()), Process::crash)
+    }
+
+    /// SIGKILL to the supervisor and its workers at once, as when the machine fails.
+    ///
+    /// # Errors
+    ///
+    /// If they do not end.
+    pub fn crash_wholly(&mut self) -> Result<()> {
+        let workers = self.workers();
+        self.crash()?;
+        eventually("the end of the workers", READY, || {
+            for pid in workers.iter().filter_map(|pid| rustix::process::Pid::from_raw(*pid)) {
+                // It ends by itself when its supervisor does.
+                rustix::process::kill_process(pid, rustix::process::Signal::KILL).ok();
+            }
+            let ended = |pid: &i32| {
+                let stat = std::fs::read_to_string(format!("/proc/{pid}/stat")).unwrap_or_default();
+                stat.is_empty() || stat.contains(") Z ")
+            };
+            workers.iter().all(ended).then_some(())
+        })
     }
 
     /// Asks it to end.
@@ -402,11 +432,34 @@ fn node_settings(dir: &Path, options: &NodeOptions) -> Result<String> {
     writeln!(text, "\n[containerd]\naddress = {:?}", options.containerd.as_deref().unwrap_or(Path::new("")))?;
     let deadline = options.read_deadline.as_millis();
     writeln!(text, "\n[fetch]\nhydration = {}\nread_deadline = \"{deadline}ms\"", options.hydration)?;
-    if let Some(listen) = options.metrics {
-        writeln!(text, "\n[metrics]\nlisten = {:?}", listen.to_string())?;
+    if let Some(address) = options.metrics {
+        writeln!(text, "\n[metrics]\nlisten = \"{address}\"")?;
     }
     text.push_str("\n[log]\nlevel = \"debug,h2=info,hyper=info,tonic=info,tower=info\"\n");
+    text.push_str(&options.more);
     Ok(text)
+}
+
+/// The page of metrics that somebody shows at `address`.
+///
+/// # Errors
+///
+/// If nobody answers.
+pub fn metrics_page(address: SocketAddr) -> Result<String> {
+    let mut stream = TcpStream::connect_timeout(&address, CALL)?;
+    stream.set_read_timeout(Some(CALL))?;
+    let asked = format!("GET /metrics HTTP/1.1\r\nHost: {address}\r\nConnection: close\r\n\r\n");
+    std::io::Write::write_all(&mut stream, asked.as_bytes())?;
+    let mut page = String::new();
+    stream.read_to_string(&mut page)?;
+    Ok(page)
+}
+
+/// The value of one sample, written as on the page, such as `name_total{label="x"}`; 0 if it is not there.
+#[must_use]
+pub fn sample(page: &str, name: &str) -> u64 {
+    let lines = page.lines().filter_map(|line| line.strip_prefix(name)?.strip_prefix(' '));
+    lines.filter_map(|value| value.trim().parse().ok()).next().unwrap_or_default()
 }
 
 fn server_settings(dir: &Path, options: &ServerOptions) -> Result<String> {

@@ -1,15 +1,18 @@
 //! Harness of the end-to-end tests and of the demo.
 #![doc = include_str!("../README.md")]
 
+pub mod caller;
 pub mod containerd;
 pub mod cri;
 pub mod daemons;
 pub mod debian;
 pub mod delay;
+pub mod disk;
 pub mod gauges;
 pub mod image;
 pub mod installation;
 pub mod layer;
+pub mod liar;
 pub mod link;
 pub mod need;
 mod pack;

@@ -1,53 +1,119 @@
-//! An HTTP proxy before a registry that spoils its answers, as a bad network or a lying registry would.
+//! An HTTP proxy before a registry that spoils its answers, as a bad network, an overloaded or a lying registry would.
 //!
 //! It speaks as much HTTP/1.1 as registries need: requests without a body, one on each connection. It runs in threads of
-//! the test itself.
+//! the test itself. What it spoils can be changed at any time ([`Spoiling`]), for one kind of client alone if need be; it
+//! remembers what it was asked. It can also want tokens as registries do ([`Guard`]), and be the storage server that another
+//! one sends its clients to ([`Spoiling::Signed`]).
 
-use std::collections::HashMap;
-use std::io::{BufRead as _, BufReader, Read as _, Write as _};
-use std::net::{SocketAddr, TcpListener, TcpStream};
+mod carry;
+mod fault;
+mod http;
+
+use std::collections::{HashMap, VecDeque};
+use std::net::{Ipv4Addr, SocketAddr, TcpListener, TcpStream};
+use std::os::fd::OwnedFd;
 use std::sync::atomic::{AtomicBool, Ordering};
-use std::sync::{Arc, Mutex, PoisonError};
+use std::sync::{Arc, Mutex, MutexGuard, PoisonError};
 use std::thread::JoinHandle;
 use std::time::Duration;
 
 use anyhow::{Context as _, Result};
+use rustix::net::{self, AddressFamily, SocketType};
 use sha2::{Digest as _, Sha256};
 
-use crate::registry::free_address;
+pub use fault::Spoiling;
 
-/// Longest wait for one read or write of a connection.
-const PATIENCE: Duration = Duration::from_secs(120);
-/// Bytes of a head, at most.
-const HEAD: u64 = 64 * 1024;
-/// How often a slowed answer goes on, in a second.
-const BEATS: u32 = 20;
+use crate::registry::{Login, free_address};
 
-/// What becomes of answers about blobs. Everything else passes as it is.
-#[derive(Debug, Clone, Copy, PartialEq, Eq, Default)]
-pub enum Spoiling {
-    /// Nothing.
-    #[default]
-    None,
-    /// The wish for a range is not passed on, so the whole blob is answered.
-    NoRange,
-    /// In every answer one byte in the middle is wrong.
-    WrongByte,
-    /// So many bytes in a second for each answer.
-    Slow(u32),
+/// Requests that are remembered; the oldest are forgotten first.
+const REMEMBERED: usize = 20_000;
+/// What `User-Agent`s of this project begin with.
+pub const OURS: &str = "millstream/";
+
+/// What a client asked.
+#[derive(Debug, Clone)]
+pub struct Seen {
+    /// `GET`, `HEAD`, ...
+    pub method: String,
+    /// With the query.
+    pub path: String,
+    /// All headers, as `Name: value`.
+    pub headers: Vec<String>,
+}
+
+impl Seen {
+    /// The first header of that name.
+    #[must_use]
+    pub fn header(&self, name: &str) -> Option<&str> {
+        http::header(&self.headers, name)
+    }
+}
+
+/// A login that is asked for, and how long its tokens live.
+#[derive(Debug, Clone)]
+pub struct Guard {
+    /// Who may have tokens.
+    pub login: Login,
+    /// Life of a token. What clients are told is five minutes: a registry may forget.
+    pub life: Duration,
+    /// What every token begins with, to be found again wherever it should not be.
+    pub mark: String,
 }
 
 /// Answers by path that the proxy gives itself: type and body.
 type Documents = HashMap<String, (String, Vec<u8>)>;
 
+/// What all connections share.
+#[derive(Debug, Default)]
+struct State {
+    spoiling: Spoiling,
+    /// Spoiled are requests of clients whose `User-Agent` begins so.
+    only: String,
+    /// How many of them; none: all.
+    first: Option<u32>,
+    /// Requests that were to be spoiled since the spoiling was set.
+    spoiled: u32,
+    guard: Option<Guard>,
+    documents: Documents,
+    seen: VecDeque<Seen>,
+    /// Of a generator of numbers, so that a run can be repeated.
+    random: u64,
+}
+
+impl State {
+    /// The next number of the seed (xorshift).
+    fn random(&mut self) -> u64 {
+        self.random ^= self.random << 13;
+        self.random ^= self.random >> 7;
+        self.random ^= self.random << 17;
+        self.random
+    }
+}
+
 /// A running proxy; it ends when it is dropped.
 #[derive(Debug)]
 pub struct Spoiler {
     address: SocketAddr,
-    spoiling: Arc<Mutex<Spoiling>>,
-    documents: Arc<Mutex<Documents>>,
-    ended: Arc<AtomicBool>,
+    shared: Arc<Shared>,
     thread: Option<JoinHandle<()>>,
+}
+
+#[derive(Debug)]
+struct Shared {
+    address: SocketAddr,
+    target: SocketAddr,
+    state: Mutex<State>,
+    ended: AtomicBool,
+}
+
+impl Shared {
+    fn state(&self) -> MutexGuard<'_, State> {
+        self.state.lock().unwrap_or_else(PoisonError::into_inner)
+    }
+
+    fn ended(&self) -> bool {
+        self.ended.load(Ordering::Relaxed)
+    }
 }
 
 impl Spoiler {
@@ -57,25 +123,42 @@ impl Spoiler {
     ///
     /// If no port is free.
     pub fn start(target: SocketAddr) -> Result<Self> {
-        let address = free_address()?;
+        Self::seeded(target, 1)
+    }
+
+    /// The same with a seed for all that is drawn; not 0.
+    ///
+    /// # Errors
+    ///
+    /// If no port is free.
+    pub fn seeded(target: SocketAddr, seed: u64) -> Result<Self> {
+        Self::listen(free_address()?, target, seed)
+    }
+
+    /// The same at a certain address.
+    ///
+    /// # Errors
+    ///
+    /// If it is taken.
+    pub fn listen(address: SocketAddr, target: SocketAddr, seed: u64) -> Result<Self> {
         let listener = TcpListener::bind(address).with_context(|| format!("listening on {address}"))?;
-        let (spoiling, ended) = (Arc::new(Mutex::default()), Arc::new(AtomicBool::new(false)));
-        let documents = Arc::new(Mutex::default());
+        let state = Mutex::new(State { random: seed.max(1), ..State::default() });
+        let shared = Arc::new(Shared { address, target, state, ended: AtomicBool::new(false) });
         let thread = std::thread::spawn({
-            let (spoiling, documents, ended) = (Arc::clone(&spoiling), Arc::clone(&documents), Arc::clone(&ended));
-            move || serve(&listener, target, &spoiling, &documents, &ended)
+            let shared = Arc::clone(&shared);
+            move || serve(&listener, &shared)
         });
-        Ok(Self { address, spoiling, documents, ended, thread: Some(thread) })
+        Ok(Self { address, shared, thread: Some(thread) })
     }
 
     /// From now on answers for `document` of `repository`, by this tag and by its digest, whatever the registry would say; no
     /// registry would take in what tests need. Returns the digest.
     pub fn publish(&self, repository: &str, tag: &str, content_type: &str, document: &[u8]) -> String {
         let digest = format!("sha256:{}", hex::encode(Sha256::digest(document)));
-        let mut documents = self.documents.lock().unwrap_or_else(PoisonError::into_inner);
+        let mut state = self.shared.state();
         for reference in [tag, &digest] {
             let path = format!("/v2/{repository}/manifests/{reference}");
-            documents.insert(path, (content_type.to_owned(), document.to_vec()));
+            state.documents.insert(path, (content_type.to_owned(), document.to_vec()));
         }
         digest
     }
@@ -85,15 +168,47 @@ impl Spoiler {
         self.address
     }
 
-    /// From the next request on.
+    /// From the next request on, for everybody.
     pub fn set(&self, spoiling: Spoiling) {
-        *self.spoiling.lock().unwrap_or_else(PoisonError::into_inner) = spoiling;
+        self.set_for("", spoiling);
+    }
+
+    /// From the next request on, for clients whose `User-Agent` begins with `agent`; the others are served well.
+    pub fn set_for(&self, agent: &str, spoiling: Spoiling) {
+        self.set_first(agent, None, spoiling);
+    }
+
+    /// The same for as many requests as `first` says, if it does; those after them are served well.
+    pub fn set_first(&self, agent: &str, first: Option<u32>, spoiling: Spoiling) {
+        let mut state = self.shared.state();
+        (state.spoiling, state.first, state.spoiled) = (spoiling, first, 0);
+        agent.clone_into(&mut state.only);
+    }
+
+    /// Requests that were to be spoiled since the last [`Spoiler::set`].
+    pub fn spoiled(&self) -> u32 {
+        self.shared.state().spoiled
+    }
+
+    /// Wants a token from now on, or does not any more.
+    pub fn guard(&self, guard: Option<Guard>) {
+        self.shared.state().guard = guard;
+    }
+
+    /// Requests so far.
+    pub fn seen(&self) -> Vec<Seen> {
+        self.shared.state().seen.iter().cloned().collect()
+    }
+
+    /// Forgets the requests so far.
+    pub fn forget(&self) {
+        self.shared.state().seen.clear();
     }
 }
 
 impl Drop for Spoiler {
     fn drop(&mut self) {
-        self.ended.store(true, Ordering::Relaxed);
+        self.shared.ended.store(true, Ordering::Relaxed);
         // A last visitor, so that the thread looks.
         TcpStream::connect(self.address).ok();
         if let Some(thread) = self.thread.take() {
@@ -102,162 +217,45 @@ impl Drop for Spoiler {
     }
 }
 
-fn serve(
-    listener: &TcpListener,
-    target: SocketAddr,
-    spoiling: &Mutex<Spoiling>,
-    documents: &Arc<Mutex<Documents>>,
-    ended: &Arc<AtomicBool>,
-) {
+/// An address whose machine is there and drops what it gets: nobody accepts, and the queue of those who wait is full.
+#[derive(Debug)]
+pub struct BlackHole {
+    /// The address.
+    pub address: SocketAddr,
+    _listener: OwnedFd,
+    _waiting: Vec<TcpStream>,
+}
+
+impl BlackHole {
+    /// Opens one.
+    ///
+    /// # Errors
+    ///
+    /// If the kernel refuses.
+    pub fn open() -> Result<Self> {
+        const FULL: Duration = Duration::from_millis(200);
+        let listener = net::socket(AddressFamily::INET, SocketType::STREAM, None)?;
+        net::bind(&listener, &SocketAddr::from((Ipv4Addr::LOCALHOST, 0)))?;
+        net::listen(&listener, 0)?;
+        let address: SocketAddr = net::getsockname(&listener)?.try_into().context("address of a socket")?;
+        let mut waiting = Vec::new();
+        while let Ok(stream) = TcpStream::connect_timeout(&address, FULL) {
+            waiting.push(stream);
+        }
+        Ok(Self { address, _listener: listener, _waiting: waiting })
+    }
+}
+
+fn serve(listener: &TcpListener, shared: &Arc<Shared>) {
     for client in listener.incoming().flatten() {
-        if ended.load(Ordering::Relaxed) {
+        if shared.ended() {
             return;
         }
-        let spoiling = *spoiling.lock().unwrap_or_else(PoisonError::into_inner);
-        let (documents, ended) = (Arc::clone(documents), Arc::clone(ended));
+        let shared = Arc::clone(shared);
         // A connection that breaks is what its two ends must cope with.
-        std::thread::spawn(move || carry(client, target, spoiling, &documents, &ended).ok());
+        std::thread::spawn(move || carry::carry(client, &shared).ok());
     }
-}
-
-fn carry(
-    mut client: TcpStream,
-    target: SocketAddr,
-    spoiling: Spoiling,
-    documents: &Mutex<Documents>,
-    ended: &AtomicBool,
-) -> Result<()> {
-    let mut server = TcpStream::connect(target).with_context(|| format!("connecting to {target}"))?;
-    for stream in [&client, &server] {
-        stream.set_read_timeout(Some(PATIENCE))?;
-        stream.set_write_timeout(Some(PATIENCE))?;
-    }
-    let request = head(&mut BufReader::new(client.try_clone()?))?;
-    let mut words = request.first().map(|line| line.split(' ')).into_iter().flatten();
-    let (method, path) = (words.next().unwrap_or_default(), words.next().unwrap_or_default());
-    let document = documents.lock().unwrap_or_else(PoisonError::into_inner).get(path).cloned();
-    if let Some((content_type, body)) = document {
-        let digest = hex::encode(Sha256::digest(&body));
-        let head = [
-            "HTTP/1.1 200 OK".to_owned(),
-            format!("Content-Type: {content_type}"),
-            format!("Content-Length: {}", body.len()),
-            format!("Docker-Content-Digest: sha256:{digest}"),
-        ];
-        send_head(&mut client, head.iter())?;
-        if method != "HEAD" {
-            client.write_all(&body)?;
-        }
-        return Ok(());
-    }
-    let blob = request.first().is_some_and(|line| line.contains("/blobs/sha256:"));
-    let spoiling = if blob { spoiling } else { Spoiling::None };
-    let asked = request.iter().filter(|line| spoiling != Spoiling::NoRange || !is_header(line, "range"));
-    send_head(&mut server, asked)?;
-
-    let mut server = BufReader::new(server);
-    let answer = head(&mut server)?;
-    let mut body = Vec::new();
-    server.read_to_end(&mut body)?;
-    if spoiling == Spoiling::WrongByte {
-        let middle = body.len() / 2;
-        if let Some(byte) = body.get_mut(middle) {
-            *byte ^= 0x55;
-        }
-    }
-    send_head(&mut client, answer.iter())?;
-    match spoiling {
-        Spoiling::Slow(bytes) => send_slowly(&mut client, &body, bytes, ended),
-        _ => Ok(client.write_all(&body)?),
-    }
-}
-
-/// Request or status line and headers, without the empty line at the end.
-fn head(stream: &mut BufReader<TcpStream>) -> Result<Vec<String>> {
-    let mut lines = Vec::new();
-    let mut limited = stream.take(HEAD);
-    loop {
-        let mut line = String::new();
-        limited.read_line(&mut line).context("reading a head")?;
-        let line = line.trim_end();
-        if line.is_empty() {
-            return Ok(lines);
-        }
-        lines.push(line.to_owned());
-    }
-}
-
-fn is_header(line: &str, name: &str) -> bool {
-    line.split_once(':').is_some_and(|(found, _)| found.eq_ignore_ascii_case(name))
-}
-
-fn send_head<'a>(to: &mut TcpStream, lines: impl Iterator<Item = &'a String>) -> Result<()> {
-    let mut text = String::new();
-    for line in lines.filter(|line| !is_header(line, "connection")) {
-        text.push_str(line);
-        text.push_str("\r\n");
-    }
-    text.push_str("Connection: close\r\n\r\n");
-    Ok(to.write_all(text.as_bytes())?)
-}
-
-// The pause is the measure here, not a wait for something.
-#[allow(clippy::disallowed_methods)]
-fn send_slowly(client: &mut TcpStream, body: &[u8], bytes: u32, ended: &AtomicBool) -> Result<()> {
-    let piece = usize::try_from((bytes / BEATS).max(1))?;
-    for piece in body.chunks(piece) {
-        if ended.load(Ordering::Relaxed) {
-            break;
-        }
-        client.write_all(piece)?;
-        std::thread::sleep(Duration::from_secs(1) / BEATS);
-    }
-    Ok(())
 }
 
 #[cfg(test)]
-mod tests {
-    #![allow(clippy::unwrap_used)]
-    use super::*;
-
-    /// A registry of one blob that honours one kind of range.
-    fn registry() -> SocketAddr {
-        let listener = TcpListener::bind("127.0.0.1:0").unwrap();
-        let address = listener.local_addr().unwrap();
-        std::thread::spawn(move || {
-            for client in listener.incoming() {
-                let mut client = client.unwrap();
-                let asked = head(&mut BufReader::new(client.try_clone().unwrap())).unwrap();
-                let part = asked.iter().any(|line| is_header(line, "range"));
-                let (status, body) = if part { ("206 Partial Content", "345") } else { ("200 OK", "0123456789") };
-                write!(client, "HTTP/1.1 {status}\r\nContent-Length: {}\r\n\r\n{body}", body.len()).unwrap();
-            }
-        });
-        address
-    }
-
-    fn ask(address: SocketAddr, path: &str) -> String {
-        let mut stream = TcpStream::connect(address).unwrap();
-        write!(stream, "GET {path} HTTP/1.1\r\nHost: x\r\nRange: bytes=3-5\r\n\r\n").unwrap();
-        let mut answer = String::new();
-        stream.read_to_string(&mut answer).unwrap();
-        let (head, body) = answer.split_once("\r\n\r\n").unwrap();
-        format!("{} {body}", head.split(' ').nth(1).unwrap())
-    }
-
-    #[test]
-    fn blobs_are_spoiled_and_nothing_else() {
-        let spoiler = Spoiler::start(registry()).unwrap();
-        let blob = "/v2/app/blobs/sha256:00";
-        assert_eq!(ask(spoiler.address(), blob), "206 345");
-        spoiler.set(Spoiling::NoRange);
-        assert_eq!(ask(spoiler.address(), blob), "200 0123456789");
-        assert_eq!(ask(spoiler.address(), "/v2/app/manifests/1"), "206 345");
-        spoiler.set(Spoiling::WrongByte);
-        assert_eq!(ask(spoiler.address(), blob), "206 3a5");
-        spoiler.set(Spoiling::Slow(40));
-        let started = std::time::Instant::now();
-        assert_eq!(ask(spoiler.address(), blob), "206 345");
-        assert!(started.elapsed() >= Duration::from_millis(90));
-    }
-}
+mod tests;

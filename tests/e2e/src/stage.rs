@@ -19,7 +19,7 @@ use crate::image::{Image, ImageInfo, pause};
 use crate::need::{self, CONTAINERS, Need, product};
 use crate::process::eventually;
 use crate::registry::{Login, Registry, RegistryOptions, Request, free_address};
-use crate::spoil::Spoiler;
+use crate::spoil::{Guard, Spoiler};
 use crate::workdir::Workdir;
 
 /// The command line.
@@ -40,12 +40,22 @@ pub struct Stage {
     server_options: ServerOptions,
     spoiler: Option<Spoiler>,
     registry: Option<Registry>,
+    /// How to start the registry again, on what it has stored.
+    registry_options: RegistryOptions,
     requests_before: Vec<Request>,
     login: Option<Login>,
     certs_d: PathBuf,
     layout: PathBuf,
     /// Where everything lives; the last to go.
     pub work: Workdir,
+}
+
+/// Whom a [`Spoiler`] stands before.
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+enum Before {
+    Nobody,
+    Nodes,
+    All,
 }
 
 /// An image in the registry.
@@ -79,7 +89,7 @@ impl Stage {
     ///
     /// If a program does not start.
     pub fn set() -> Result<Self> {
-        Self::raise(None, false, true)
+        Self::raise(None, Before::Nobody, true)
     }
 
     /// A server that keeps no packed content.
@@ -88,7 +98,7 @@ impl Stage {
     ///
     /// If a program does not start.
     pub fn without_packed_content() -> Result<Self> {
-        Self::raise(None, false, false)
+        Self::raise(None, Before::Nobody, false)
     }
 
     /// A registry that wants a login.
@@ -97,7 +107,7 @@ impl Stage {
     ///
     /// If a program does not start.
     pub fn with_login(login: &Login) -> Result<Self> {
-        Self::raise(Some(login.clone()), false, true)
+        Self::raise(Some(login.clone()), Before::Nobody, true)
     }
 
     /// A registry behind a [`Spoiler`].
@@ -106,27 +116,43 @@ impl Stage {
     ///
     /// If a program does not start.
     pub fn with_spoiler() -> Result<Self> {
-        Self::raise(None, true, true)
+        Self::raise(None, Before::All, true)
     }
 
-    fn raise(login: Option<Login>, spoiled: bool, packed_content: bool) -> Result<Self> {
+    /// The same, but the server reaches the registry without it: what is spoiled for nodes alone.
+    ///
+    /// # Errors
+    ///
+    /// If a program does not start.
+    pub fn with_spoiled_nodes() -> Result<Self> {
+        Self::raise(None, Before::Nodes, true)
+    }
+
+    fn raise(login: Option<Login>, before: Before, packed_content: bool) -> Result<Self> {
         let work = Workdir::new()?;
         let options = RegistryOptions { login: login.clone(), ..RegistryOptions::loopback()? };
+        let registry_options = options.clone();
         let registry = Registry::start(&work, options)?;
         let certs_d = work.dir("certs.d")?;
         registry.write_hosts(&certs_d)?;
-        let spoiler = spoiled.then(|| Spoiler::start(registry.address())).transpose()?;
+        let spoiler = (before != Before::Nobody).then(|| Spoiler::start(registry.address())).transpose()?;
         if let Some(spoiler) = &spoiler {
             let dir = certs_d.join(spoiler.address().to_string());
             std::fs::create_dir_all(&dir)?;
-            let url = format!("http://{}", spoiler.address());
-            let text = format!("server = {url:?}\n\n[host.{url:?}]\n  capabilities = [\"pull\", \"resolve\"]\n");
-            std::fs::write(dir.join("hosts.toml"), text)?;
+            // Once only: a fault of one request must not be made good by the same host under another heading.
+            std::fs::write(dir.join("hosts.toml"), format!("server = \"http://{}\"\n", spoiler.address()))?;
+        }
+        let mut of_server = certs_d.clone();
+        if let (Some(spoiler), Before::Nodes) = (&spoiler, before) {
+            of_server = work.dir("certs.d-of-server")?;
+            let dir = of_server.join(spoiler.address().to_string());
+            std::fs::create_dir_all(&dir)?;
+            std::fs::write(dir.join("hosts.toml"), format!("server = \"http://{}\"\n", registry.address()))?;
         }
         let server_options = ServerOptions {
             address: free_address()?,
             tls: None,
-            certs_d: certs_d.clone(),
+            certs_d: of_server,
             import_on_demand: false,
             max_entries: None,
             packed_content,
@@ -135,7 +161,18 @@ impl Stage {
         let layout = work.dir("layout")?;
         let registry = Some(registry);
         let requests_before = Vec::new();
-        let stage = Self { server, server_options, spoiler, registry, requests_before, login, certs_d, layout, work };
+        let stage = Self {
+            server,
+            server_options,
+            spoiler,
+            registry,
+            registry_options,
+            requests_before,
+            login,
+            certs_d,
+            layout,
+            work,
+        };
         stage.push("pause", &pause()?)?;
         Ok(stage)
     }
@@ -262,6 +299,17 @@ impl Stage {
         format!("http://{}", self.server_options.address)
     }
 
+    /// The spoiler wants tokens from now on, and imports have the login.
+    ///
+    /// # Errors
+    ///
+    /// If there is none.
+    pub fn guard(&mut self, guard: Guard) -> Result<()> {
+        self.login = Some(guard.login.clone());
+        self.spoiler()?.guard(Some(guard));
+        Ok(())
+    }
+
     /// Directory in the manner of `certs.d` that knows the registry.
     pub fn certs_d(&self) -> &Path {
         &self.certs_d
@@ -373,6 +421,24 @@ impl Stage {
     pub fn limit_entries(&mut self, entries: u64) -> Result<()> {
         self.stop_server()?;
         self.server_options.max_entries = Some(entries);
+        self.start_server()
+    }
+
+    /// Kills the server.
+    ///
+    /// # Errors
+    ///
+    /// If it does not end.
+    pub fn kill_server(&mut self) -> Result<()> {
+        self.server.take().map_or(Ok(()), Server::crash)
+    }
+
+    /// Starts the server again, on the same state.
+    ///
+    /// # Errors
+    ///
+    /// If it does not start.
+    pub fn start_server(&mut self) -> Result<()> {
         self.server = Some(Server::start(&self.work, &self.server_options, None)?);
         Ok(())
     }
@@ -395,6 +461,21 @@ impl Stage {
         self.stop_server()?;
         self.spoiler = None;
         self.registry.take().map_or(Ok(()), Registry::stop)
+    }
+
+    /// Starts server and registry again, where they were, on what they have stored. A spoiler stays away.
+    ///
+    /// # Errors
+    ///
+    /// If one does not start.
+    pub fn come_back(&mut self) -> Result<()> {
+        if self.registry.is_none() {
+            self.registry = Some(Registry::start(&self.work, self.registry_options.clone())?);
+        }
+        if self.server.is_none() {
+            self.server = Some(Server::start(&self.work, &self.server_options, None)?);
+        }
+        Ok(())
     }
 
     /// Requests that the registry answers from now on are what [`Stage::layer_requests`] counts.

@@ -17,7 +17,7 @@ use millstream_e2e::image::{Image, pause, shell};
 use millstream_e2e::layer::{Entry, Packing, noise};
 use millstream_e2e::link::{FAR, Link, LinkOptions};
 use millstream_e2e::need::product;
-use millstream_e2e::process::{eventually, let_pass, output};
+use millstream_e2e::process::{Process, eventually, let_pass, output};
 use millstream_e2e::registry::{Registry, RegistryOptions, Tls, free_address};
 use millstream_e2e::stage::{CLI, can_be_set};
 use millstream_e2e::workdir::Workdir;
@@ -38,7 +38,7 @@ struct Stage {
     link: Link,
     image: String,
     large: String,
-    _work: Workdir,
+    work: Workdir,
 }
 
 fn stage() -> Stage {
@@ -103,7 +103,7 @@ fn stage() -> Stage {
         link,
         image: reference,
         large,
-        _work: work,
+        work,
     }
 }
 
@@ -180,4 +180,76 @@ fn background_downloads_fill_an_idle_line_and_give_way_to_readers() {
         busy * 100.0
     );
     assert!(busy >= 0.85, "{busy}");
+}
+
+/// Programs that want all processors, each in a session of its own, so that the scheduler weighs them as it weighs containers.
+struct Others {
+    pids: Vec<u32>,
+    /// Shells that the programs end with.
+    _shells: Vec<Process>,
+}
+
+impl Others {
+    fn start(work: &Workdir) -> Self {
+        let processors = std::thread::available_parallelism().unwrap().get();
+        let log = |number| work.path().join(format!("other-{number}.log"));
+        let start = |number| {
+            let mut command = Command::new("sh");
+            command.args(["-c", "setsid setpriv --pdeathsig KILL sha256sum /dev/zero & echo $!; wait"]);
+            Process::spawn("other", command, &log(number)).unwrap()
+        };
+        let shells = (0..processors).map(start).collect();
+        let pid = |number| {
+            let said = || std::fs::read_to_string(log(number)).ok()?.trim().parse().ok();
+            eventually("another program", PATIENCE, said).unwrap()
+        };
+        Self { pids: (0..processors).map(pid).collect(), _shells: shells }
+    }
+
+    /// Processor time that they got, in ticks.
+    fn ticks(&self) -> u64 {
+        let of = |pid: &u32| -> u64 {
+            let stat = std::fs::read_to_string(format!("/proc/{pid}/stat")).unwrap();
+            let fields: Vec<&str> = stat.rsplit(')').next().unwrap().split_ascii_whitespace().collect();
+            fields[11..=12].iter().map(|ticks| ticks.parse::<u64>().unwrap()).sum()
+        };
+        self.pids.iter().map(of).sum()
+    }
+
+    fn ticks_in(&self, time: Duration) -> u64 {
+        let before = self.ticks();
+        let_pass(time);
+        self.ticks() - before
+    }
+}
+
+#[test]
+#[ignore = "a measurement; see the head of this file"]
+fn background_downloads_leave_the_processors_to_others() {
+    const TIME: Duration = Duration::from_secs(4);
+    if !can_be_set(&[]) {
+        return;
+    }
+    let stage = stage();
+    stage.cri.pull(&stage.image, None).unwrap();
+    let others = Others::start(&stage.work);
+    let (mut without, mut with, mut done) = (Vec::new(), Vec::new(), Vec::new());
+    for _ in 0..3 {
+        stage.node.set_hydration(false).unwrap();
+        without.push(others.ticks_in(TIME));
+        stage.node.set_hydration(true).unwrap();
+        let from = stage.progress();
+        with.push(others.ticks_in(TIME));
+        done.push(stage.progress() - from);
+    }
+    let share = median(with) as f64 / median(without) as f64;
+    println!("others have {:.0} % of the processor time that they have without a background download", share * 100.0);
+    println!("which comes on by {done:.3?} of the layer in {TIME:?}");
+    assert!(done.iter().all(|part| *part > 0.0), "{done:?}");
+    assert!(share >= 0.85, "{share}");
+}
+
+fn median(mut values: Vec<u64>) -> u64 {
+    values.sort_unstable();
+    values[values.len() / 2]
 }

@@ -2,7 +2,6 @@
 
 #![allow(clippy::unwrap_used, missing_docs)]
 
-use std::path::Path;
 use std::process::{Command, Output};
 use std::time::Duration;
 
@@ -233,30 +232,27 @@ fn what_cannot_be_pulled_is_told_with_the_reason() {
     let node = stage.node_on_demand().unwrap();
     let containerd = stage.containerd(Version::V1, &node, true).unwrap();
     let missing = image.reference.replace("small", "nosuch");
-    let refused = |image: &str, more: &[&str]| {
+    let refused = |image: &str, more: &[&str], code: i32| {
         let output = command(&stage, &node, &containerd, image, more).output().unwrap();
-        assert!(!output.status.success(), "{image} {more:?}");
+        assert_eq!(output.status.code(), Some(code), "{image} {more:?}: {}", text(&output));
         text(&output)
     };
-    let said = refused(&missing, &[]);
+    let said = refused(&missing, &[], 4);
     assert!(said.contains("nosuch") && said.contains("404"), "{said}");
-    let said = refused(&image.reference, &["--snapshotter", "nosuch"]);
+    let said = refused(&image.reference, &["--snapshotter", "nosuch"], 1);
     assert!(said.contains("nosuch") && said.contains("hint: containerd has to know"), "{said}");
-    let said = refused(&image.reference, &["--platform", "plan9/mips"]);
+    let said = refused(&image.reference, &["--platform", "plan9/mips"], 4);
     assert!(said.contains("plan9/mips"), "{said}");
-    let said = refused("UPPER", &[]);
+    let said = refused("UPPER", &[], 1);
     assert!(said.contains("UPPER"), "{said}");
-    let nobody = Path::new("/nonexistent.sock");
-    let output = Command::new(product(CLI).unwrap())
-        .args(["pull", &image.reference, "--containerd"])
-        .arg(nobody)
-        .output()
-        .unwrap();
+    let nobody = ["pull", &image.reference, "--containerd", "/nonexistent.sock"];
+    let output = Command::new(product(CLI).unwrap()).args(nobody).output().unwrap();
+    assert_eq!(output.status.code(), Some(3));
     assert!(text(&output).contains("/nonexistent.sock: No such file"), "{}", text(&output));
 
     // Wrong bytes never become a layer.
     stage.spoiler().unwrap().set(Spoiling::WrongByte);
-    let said = refused(&image.reference, &[]);
+    let said = refused(&image.reference, &[], 1);
     assert!(said.contains("digest"), "{said}");
     assert!(lines(&containerd, &["image", "ls", "-q"]).is_empty());
     stage.spoiler().unwrap().set(Spoiling::None);

@@ -14,6 +14,8 @@ use millstream_registry::{Fetched, Repository};
 use millstream_source::{Retry, SourceError};
 use serde::Deserialize;
 
+use crate::exit::{Exit, Failure};
+
 /// Indexes within indexes that are followed, at most.
 const MAX_DEPTH: usize = 4;
 /// Requests for one document, at most.
@@ -85,7 +87,7 @@ pub(crate) async fn resolve(
             Document::Manifest(manifest) => break (fetched, manifest),
             Document::Index(entries) => {
                 let Some(entry) = select_platform(&entries, platform) else {
-                    bail!("there is nothing for {platform}, only {}; hint: --platform", offered(&entries));
+                    return Err(nothing_for(platform, &offered(&entries)));
                 };
                 wanted = TagOrDigest::Digest(entry.digest);
                 let children = entries.iter().enumerate();
@@ -99,7 +101,7 @@ pub(crate) async fn resolve(
     let parsed = parse_config(&config).context("reading the image's configuration")?;
     let own = IndexEntry { digest: fetched.digest, size: 0, platform: Some(parsed.platform.clone()) };
     if asked.is_some() && select_platform(&[own], platform).is_none() {
-        bail!("there is nothing for {platform}, only {}; hint: --platform", parsed.platform);
+        return Err(nothing_for(platform, &parsed.platform.to_string()));
     }
     let layers = layers(&manifest, &fetched.bytes, &parsed.diff_ids)?;
     let mut children = vec![("config".to_owned(), config_digest.to_string())];
@@ -128,6 +130,11 @@ fn layers(manifest: &Manifest, bytes: &[u8], diff_ids: &[DiffId]) -> anyhow::Res
         .zip(unpacked)
         .map(|(descriptor, (diff_id, chain))| Layer { descriptor, diff_id: *diff_id, chain })
         .collect())
+}
+
+fn nothing_for(platform: &Platform, offered: &str) -> anyhow::Error {
+    let message = format!("there is nothing for {platform}, only {offered}; hint: --platform");
+    Failure::new(Exit::NotFound, message).into()
 }
 
 fn offered(entries: &[IndexEntry]) -> String {

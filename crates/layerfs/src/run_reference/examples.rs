@@ -68,6 +68,24 @@ fn implied_directory_over_a_whiteout_or_a_file_is_fresh() {
 }
 
 #[test]
+fn a_directory_behind_a_file_or_a_whiteout_of_a_lower_layer_is_a_contradiction() {
+    let found = |layers: &[Vec<Member>]| {
+        let layer = |members: &Vec<Member>| ViewLayer { number: 1, toc: toc(&archive(members)).unwrap().0 };
+        contradiction(&layers.iter().map(layer).collect::<Vec<_>>()).unwrap()
+    };
+    let blocked = |layer| Some(Contradiction { layer, path: b"a/b".to_vec() });
+    let behind = || vec![file("a/b/c")];
+    assert_eq!(found(&[vec![file("a")], behind()]), blocked(1));
+    assert_eq!(found(&[vec![directory("a", 0o755)], vec![whiteout("a")], vec![file("x")], behind()]), blocked(3));
+    assert_eq!(found(&[vec![symlink("a", "f"), file("f")], behind()]), blocked(1));
+    // The first layer that has something at the path itself ends the search, and a directory that is described begins none.
+    assert_eq!(found(&[vec![file("a")], vec![directory("a", 0o755), directory("a/b", 0o755)], behind()]), None);
+    assert_eq!(found(&[vec![file("a")], vec![directory("a", 0o755), directory("a/b", 0o755), file("a/b/c")]]), None);
+    assert_eq!(found(&[vec![file("a")], vec![file("a/b")]]), None);
+    assert_eq!(found(&[vec![symlink("a", "nowhere")], behind()]), None);
+}
+
+#[test]
 fn implied_directory_takes_attributes_through_an_opaque_mark() {
     let layers =
         [vec![directory("a", 0o711), directory("a/b", 0o700), file("a/b/x")], vec![opaque("a")], vec![file("a/b/c")]];

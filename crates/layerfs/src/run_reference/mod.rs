@@ -15,7 +15,10 @@ use proptest::prelude::*;
 
 use self::archive::{Member, archive};
 use self::model::{Inode, Merged, Name, OPAQUE, Tree, What, overlay};
-use crate::{Attr, Below, BelowEntry, DirectoryAttributes, FsError, LayerFs, NodeId, View, ViewLayer, build_view};
+use crate::{
+    Attr, Below, BelowEntry, Contradiction, DirectoryAttributes, FsError, LayerFs, MAX_NUMBER, NodeId, View, ViewLayer,
+    build_view, contradiction,
+};
 
 /// Number of the view under test.
 const VIEW: u32 = 7;
@@ -332,6 +335,19 @@ proptest! {
     #[test]
     fn a_view_over_nothing_is_what_overlayfs_shows(layers in layers(), page in 1_usize..5) {
         check(&Stack::new(&layers, 0), page);
+    }
+
+    #[test]
+    fn a_layer_that_containerd_refuses_over_others_is_found(layers in layers()) {
+        let mut stack = Stack::new(&layers[..layers.len() - 1], 0);
+        let tar = archive(&layers[layers.len() - 1]);
+        let (Ok(_), Some((toc, _))) = (Tree::apply(&tar, &[]), toc(&tar)) else { return Ok(()) };
+        // What an archive made and took away again is not in its table.
+        prop_assume!(!archive::replaces(&layers[layers.len() - 1]));
+        stack.run.push(ViewLayer { number: MAX_NUMBER, toc });
+        let refused = Tree::apply(&tar, &stack.trees.iter().rev().collect::<Vec<_>>()).is_err();
+        let found = contradiction(&stack.run).unwrap();
+        prop_assert_eq!(found.as_ref().map(|found| found.layer), refused.then_some(stack.trees.len()), "{:?}", found);
     }
 
     #[test]

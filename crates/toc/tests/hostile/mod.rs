@@ -23,8 +23,6 @@ pub enum Expect {
     Declined(&'static str),
     /// It is not a layer, for a reason with this text in it; containerd refuses it too.
     Refused(&'static str),
-    /// The exception of `HOSTILE.md`: it is lazy, though containerd refuses it with this text.
-    OnlyHere(&'static str),
 }
 
 /// What the manifest says of the blob.

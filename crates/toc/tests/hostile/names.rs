@@ -1,6 +1,6 @@
 //! Names that climb, that are too long, that are not text, that are there twice.
 
-use super::Expect::{Declined, Lazy, OnlyHere, Refused};
+use super::Expect::{Declined, Lazy, Refused};
 use super::make::{NAME, device, dir, fifo, file, hard, member, row, symlink};
 use super::{Canary, Row};
 
@@ -43,7 +43,7 @@ pub fn rows(canary: &Canary<'_>) -> Vec<Row> {
         row("parent that is a link below", Lazy, &[file("ld/n", b"1"), file("labs/n", b"2"), file("lup/n", b"3")]),
         row("parent that is a file below", Lazy, &[file("f/n", b"1")]),
         row("parent of a parent that is a file below", Lazy, &[file("f/q/n", b"1")])
-            .over_base(OnlyHere("not a directory")),
+            .over_base(Refused("not a directory")),
         row("parent that is a link to a file below", Lazy, &[file("lf/n", b"1")]),
         row(
             "parents in a loop",
