@@ -1,5 +1,5 @@
 //! The gate and the landing of fetches, run under a scheduler that tries orders out: the very files, with its locks in place
-//! of the usual ones. Each test says which change of the code it was seen to fail on.
+//! of the usual ones. Each test says which changes of the code it guards against.
 //!
 //! Channels are tokio's own: an operation on one is one step here, and before it others may take theirs. Time does not pass.
 
@@ -185,7 +185,7 @@ impl Layer {
     }
 }
 
-/// Seen to fail with: `finish` before the fetch is taken off the list (a reader joins what is over, again and again); the outcome
+/// Guards against: `finish` before the fetch is taken off the list (a reader joins what is over, again and again); the outcome
 /// looked at after the store in `wait`; `stored` without telling anybody.
 #[test]
 fn readers_of_one_chunk_share_one_fetch_and_all_hear_of_it() {
@@ -205,7 +205,7 @@ fn readers_of_one_chunk_share_one_fetch_and_all_hear_of_it() {
     });
 }
 
-/// Seen to fail with: no drop of `Landing` where a fetch is broken off (readers wait for ever).
+/// Guards against: no drop of `Landing` where a fetch is broken off (readers wait for ever).
 #[test]
 fn a_fetch_that_is_broken_off_fails_those_who_wait_and_nobody_after_them() {
     explore(|| {
@@ -258,7 +258,7 @@ fn all_are_given_and_given_back(requests: &[Priority]) {
     block_on(gate.yield_to_demand(Duration::from_secs(1)));
 }
 
-/// Seen to fail with: a permit that does not give its place back.
+/// Guards against: a permit that does not give its place back.
 #[test]
 fn places_are_given_to_all_and_given_back() {
     explore(|| {
@@ -273,7 +273,7 @@ fn nobody_yields_to_demand_that_is_over() {
     explore(|| all_are_given_and_given_back(&[Priority::Hydrate, Priority::Demand]));
 }
 
-/// Seen to fail with: a drop of `Permit` that only ends what runs (a place in the queue that nobody waits for is granted).
+/// Guards against: a drop of `Permit` that only ends what runs (a place in the queue that nobody waits for is granted).
 #[test]
 fn who_goes_away_while_waiting_or_becomes_urgent_holds_nobody_up() {
     explore(|| {
