@@ -3,7 +3,7 @@
 use std::collections::{HashMap, HashSet};
 use std::path::PathBuf;
 use std::sync::mpsc::{SyncSender, sync_channel};
-use std::sync::{Arc, Mutex, MutexGuard, PoisonError};
+use std::sync::{Arc, Mutex, PoisonError};
 use std::time::{Duration, Instant, SystemTime, UNIX_EPOCH};
 
 use anyhow::Context;
@@ -20,6 +20,7 @@ use rustix::fs::StatVfsMountFlags;
 use tokio::sync::OnceCell;
 use tracing::{error, info, warn};
 
+use crate::admission::{Admission, Turn};
 use crate::catalog::{Catalog, Decision, ImageRecord, LayerRecord};
 use crate::damage::Damages;
 use crate::embedded::Embedded;
@@ -87,11 +88,8 @@ pub struct NodeImages {
     pub(crate) deadline: Duration,
     metrics: NodeMetrics,
     plans: Mutex<HashMap<(String, ManifestDigest), Slot>>,
-    /// Layers that were given back and wait to be removed; they stay here until they are gone, so that nobody takes one for
-    /// usable while it is being removed. Whoever holds `admission` removes them before it admits others, so that a layer that
-    /// is wanted again is never taken away afterwards.
-    dying: Mutex<HashSet<Digest>>,
-    admission: tokio::sync::Mutex<()>,
+    /// In which order layers are admitted, given back and removed.
+    admission: Arc<Admission>,
     decisions: SyncSender<Decision>,
     runtime: tokio::runtime::Handle,
 }
@@ -112,6 +110,7 @@ impl NodeImages {
             metrics: origins.metrics.clone(),
             damages: views.damages().clone(),
             decisions: record_decisions(catalog.clone()),
+            admission: views.admission(),
             store,
             fetcher,
             views,
@@ -120,8 +119,6 @@ impl NodeImages {
             lookup,
             deadline,
             plans: Mutex::default(),
-            dying: Mutex::default(),
-            admission: tokio::sync::Mutex::default(),
             runtime: tokio::runtime::Handle::current(),
         }
     }
@@ -240,7 +237,7 @@ impl NodeImages {
         // The TOCs of layers that other images brought need not travel again; the server is told all that might matter.
         let known_layers = self.store.layers().into_iter().map(|layer| layer.digest());
         let known_layers =
-            known_layers.filter(|digest| !self.dying().contains(digest)).take(MAX_KNOWN_LAYERS).collect();
+            known_layers.filter(|digest| !self.admission.is_dying(digest)).take(MAX_KNOWN_LAYERS).collect();
         let served = origin.image(known_layers).await?;
         let layers = served.layers.iter().map(|layer| LayerRecord {
             digest: layer.digest,
@@ -287,13 +284,9 @@ impl NodeImages {
         self.usable(digest).is_some_and(|layer| layer.state() == LayerState::Verified)
     }
 
-    fn dying(&self) -> MutexGuard<'_, HashSet<Digest>> {
-        self.dying.lock().unwrap_or_else(PoisonError::into_inner)
-    }
-
     /// The layer, if the store has it and it was not given back.
     fn usable(&self, digest: &Digest) -> Option<Arc<Layer>> {
-        if self.dying().contains(digest) { None } else { self.store.layer(digest) }
+        if self.admission.is_dying(digest) { None } else { self.store.layer(digest) }
     }
 
     /// Puts what will be lazy into the store and lets the fetcher know where its bytes come from.
@@ -329,9 +322,10 @@ impl NodeImages {
         origin: &Origin,
     ) -> anyhow::Result<Result<Option<(usize, Reason)>, Reason>> {
         // Held until the fetcher knows the layers: one that is removed in between would be fetched for nobody.
-        let _guard = self.admission.lock().await;
+        let turn = self.admission.turn().await;
         let this = Arc::clone(self);
-        let admitted = tokio::task::spawn_blocking(move || this.admit(&name, &record, lazy, &tocs)).await??;
+        let admitting = move || this.admit(&turn, &name, &record, lazy, &tocs).map(|admitted| (turn, admitted));
+        let (_turn, admitted) = tokio::task::spawn_blocking(admitting).await??;
         let (admitted, stop) = match admitted {
             Ok(admitted) => admitted,
             Err(mismatch) => return Ok(Err(mismatch)),
@@ -351,14 +345,21 @@ impl NodeImages {
     }
 
     /// Takes tables into the store and remembers the image. Gives those of its first `lazy` layers that are there and, if that
-    /// ends before the last of them, why; or why the tables are not those of the image. Blocks; the caller holds `admission`.
-    fn admit(&self, name: &str, record: &ImageRecord, lazy: usize, tocs: &[Vec<u8>]) -> anyhow::Result<Admitted> {
-        self.remove_dying()?;
+    /// ends before the last of them, why; or why the tables are not those of the image. Blocks.
+    fn admit(
+        &self,
+        turn: &Turn,
+        name: &str,
+        record: &ImageRecord,
+        lazy: usize,
+        tocs: &[Vec<u8>],
+    ) -> anyhow::Result<Admitted> {
+        self.remove_dying(turn)?;
         self.store.admit_all(tocs)?;
         let mut admitted = Vec::new();
         for described in record.layers.iter().take(lazy) {
             let Some(layer) = self.usable(&described.digest) else {
-                if self.dying().contains(&described.digest) {
+                if self.admission.is_dying(&described.digest) {
                     continue;
                 }
                 // Tables are stored under the layer that they themselves name.
@@ -384,35 +385,36 @@ impl NodeImages {
         Ok(Ok((admitted, stop)))
     }
 
-    /// Removes the layers that were given back. Blocks; the caller holds `admission`.
-    fn remove_dying(&self) -> anyhow::Result<()> {
-        let dying: Vec<Digest> = self.dying().iter().copied().collect();
-        if dying.is_empty() {
-            return Ok(());
-        }
-        let numbers: Vec<u32> =
-            dying.iter().filter_map(|digest| self.store.layer(digest)).map(|layer| layer.number()).collect();
-        self.views.remove_with(&numbers)?;
-        for digest in &dying {
+    /// Removes the layers that were given back. Blocks.
+    fn remove_dying(&self, turn: &Turn) -> anyhow::Result<()> {
+        let hide = |dying: &[Digest]| {
+            let layers = dying.iter().filter_map(|digest| self.store.layer(digest));
+            self.views.hide(&layers.map(|layer| layer.number()).collect::<Vec<u32>>())
+        };
+        let remove = |digest: &Digest| {
             self.fetcher.detach(digest);
             match self.store.remove(digest) {
                 Ok(()) => info!({ names::LAYER } = %digest, "layer removed"),
                 Err(error) => warn!({ names::LAYER } = %digest, %error, "layer is not removed completely"),
             }
+            // What the database did not let go of is still dying.
+            self.store.layer(digest).is_none()
+        };
+        if self.admission.remove_dying(turn, hide, remove)? {
+            self.catalog.forget_images(|digest| self.store.layer(digest).is_some())?;
+            self.plans.lock().unwrap_or_else(PoisonError::into_inner).clear();
         }
-        // What the database did not let go of is still dying.
-        self.dying().retain(|digest| self.store.layer(digest).is_some());
-        self.catalog.forget_images(|digest| self.store.layer(digest).is_some())?;
-        self.plans.lock().unwrap_or_else(PoisonError::into_inner).clear();
         Ok(())
     }
 
     /// Gives back layers that no snapshot uses: a pull that was broken off, or a death between two steps.
-    pub fn sweep(&self, used: &HashSet<Digest>) -> anyhow::Result<()> {
-        let unused =
-            self.store.layers().into_iter().map(|layer| layer.digest()).filter(|digest| !used.contains(digest));
-        self.dying().extend(unused);
-        self.remove_dying()
+    ///
+    /// # Errors
+    /// Those of the database.
+    pub async fn sweep(self: &Arc<Self>, used: &HashSet<Digest>) -> anyhow::Result<()> {
+        let all = self.store.layers().into_iter().map(|layer| layer.digest());
+        self.admission.give_back(all.filter(|digest| !used.contains(digest)));
+        self.removed().await
     }
 
     /// Returns when every layer that was given back so far is removed.
@@ -420,9 +422,8 @@ impl NodeImages {
     /// # Errors
     /// Those of the database; what stays then is removed at the next start.
     pub async fn removed(self: &Arc<Self>) -> anyhow::Result<()> {
-        let _guard = self.admission.lock().await;
-        let images = Arc::clone(self);
-        tokio::task::spawn_blocking(move || images.remove_dying()).await?
+        let (turn, images) = (self.admission.turn().await, Arc::clone(self));
+        tokio::task::spawn_blocking(move || images.remove_dying(&turn)).await?
     }
 
     /// Layers of images that were decided about lately: a pull may be about to use them.
@@ -433,6 +434,11 @@ impl NodeImages {
         let live = plans.values().filter(|slot| now.duration_since(slot.used) < PLAN_LIFE);
         let records = live.filter_map(|slot| slot.plan.get()).flat_map(|plan| &plan.record.layers);
         records.map(|layer| layer.digest).collect()
+    }
+
+    /// Tasks of the runtime that all work of this node is done on.
+    pub(crate) fn tasks(&self) -> usize {
+        self.runtime.metrics().num_alive_tasks()
     }
 
     /// Lets the fetcher go on with every layer that is not wholly local; the network is not needed for that. Blocks, and must
@@ -459,7 +465,7 @@ impl NodeImages {
                 }
             };
             // As in `take_in`: no layer may be removed between the look at the store and the fetcher.
-            let _guard = self.admission.blocking_lock();
+            let _turn = self.admission.blocking_turn();
             let sources = origin.sources();
             for layer in record.layers.iter().filter_map(|layer| self.usable(&layer.digest)) {
                 if layer.state() == LayerState::Lazy {
@@ -508,7 +514,7 @@ impl NodeImages {
     pub async fn attach_anew(self: &Arc<Self>, digest: Digest) -> anyhow::Result<()> {
         let images = Arc::clone(self);
         let origins = tokio::task::spawn_blocking(move || images.origins_of(&digest)).await??;
-        let _guard = self.admission.lock().await;
+        let _turn = self.admission.turn().await;
         let layer = self.usable(&digest).with_context(|| format!("layer {digest} was removed"))?;
         self.fetcher.detach(&digest);
         for origin in origins {
@@ -538,7 +544,7 @@ impl NodeImages {
     #[must_use]
     pub fn without_source(&self) -> Vec<Digest> {
         let layers = self.store.layers().into_iter().filter(|layer| layer.state() == LayerState::Lazy);
-        let digests = layers.map(|layer| layer.digest()).filter(|digest| !self.dying().contains(digest));
+        let digests = layers.map(|layer| layer.digest()).filter(|digest| !self.admission.is_dying(digest));
         digests.filter(|digest| self.fetcher.progress(digest).is_none()).collect()
     }
 
@@ -761,13 +767,10 @@ impl LazyImages for SharedImages {
     }
 
     fn released(&self, layers: &[Digest]) {
-        self.0.dying().extend(layers);
+        self.0.admission.give_back(layers.iter().copied());
         let this = Arc::clone(&self.0);
         self.0.runtime.spawn(async move {
-            let _guard = this.admission.lock().await;
-            let images = Arc::clone(&this);
-            let removed = tokio::task::spawn_blocking(move || images.remove_dying()).await;
-            if let Ok(Err(error)) = removed {
+            if let Err(error) = this.removed().await {
                 warn!(error = format!("{error:#}"), "layers are not removed now; the next start removes them");
             }
         });

@@ -1,5 +1,6 @@
 #![doc = include_str!("../README.md")]
 
+mod admission;
 pub mod below;
 pub mod catalog;
 pub mod check;
@@ -26,9 +27,12 @@ pub mod page;
 pub mod program;
 pub mod quota;
 pub mod repair;
+#[cfg(test)]
+mod schedules;
 pub mod server_client;
 pub mod service;
 pub mod supervisor;
+mod sync;
 pub mod upgrade;
 pub mod views;
 pub mod worker;

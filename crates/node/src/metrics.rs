@@ -248,7 +248,7 @@ impl Gathered {
         let space = self.images.store.space();
         let damaged: Vec<_> =
             self.images.damages.counts().into_iter().map(|(code, now, _)| ("code", code, now)).collect();
-        let rows: [Row<'_>; 9] = [
+        let rows: [Row<'_>; 10] = [
             (
                 "layers",
                 "Layers that are not pulled the ordinary way, by state.",
@@ -308,6 +308,13 @@ impl Gathered {
                 None,
                 MetricType::Gauge,
                 &[("", "", self.images.fetcher.counters().active)],
+            ),
+            (
+                "tasks",
+                "Tasks of the worker's runtime: connections, calls, fetches, background work.",
+                None,
+                MetricType::Gauge,
+                &[("", "", self.images.tasks() as u64)],
             ),
             (
                 "streaming_enabled",

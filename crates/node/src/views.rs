@@ -12,6 +12,7 @@ use millstream_layerfs::{Below, LayerFs, View, ViewLayer, build_view};
 use millstream_oci::Digest;
 use tracing::info;
 
+use crate::admission::Admission;
 use crate::below::LowerDirs;
 use crate::damage::{self, Damages};
 
@@ -21,9 +22,7 @@ pub struct Views {
     store: Arc<Store>,
     fs: Arc<LayerFs>,
     mountpoint: PathBuf,
-    /// One view is built or removed at a time: two requests for the same one must not build it twice, also when the first one
-    /// was given up while it was being built, and none may be built of layers that are about to be removed.
-    building: Mutex<()>,
+    admission: Arc<Admission>,
     /// Views that cannot be shown, and why.
     broken: Mutex<BTreeMap<u32, String>>,
     damages: Damages,
@@ -33,13 +32,18 @@ impl Views {
     /// Views of layers in `store`, shown by `fs` at `mountpoint`.
     #[must_use]
     pub fn new(store: Arc<Store>, fs: Arc<LayerFs>, mountpoint: PathBuf, damages: Damages) -> Self {
-        Self { store, fs, mountpoint, building: Mutex::new(()), broken: Mutex::default(), damages }
+        Self { store, fs, mountpoint, admission: Arc::default(), broken: Mutex::default(), damages }
+    }
+
+    /// In which order layers are shown and removed.
+    pub(crate) fn admission(&self) -> Arc<Admission> {
+        Arc::clone(&self.admission)
     }
 
     /// Shows every view that is known and not shown yet. One whose file is damaged is made again, which needs nobody else; one
     /// whose layers are damaged is among [`Views::broken`] until they are whole and this is called again.
     pub fn restore(&self) -> anyhow::Result<()> {
-        let _building = self.building.lock().unwrap_or_else(PoisonError::into_inner);
+        let _alone = self.admission.alone();
         let shown: HashSet<u32> = self.fs.views().into_iter().collect();
         let (mut restored, mut broken) = (0, BTreeMap::new());
         for (number, key) in self.store.views()? {
@@ -68,7 +72,7 @@ impl Views {
         self.broken.lock().unwrap_or_else(PoisonError::into_inner).clone()
     }
 
-    /// Shows a view that has a number; from its file if that is whole. The caller holds `building`.
+    /// Shows a view that has a number; from its file if that is whole. Called by one at a time.
     fn show(&self, number: u32, key: &ViewKey) -> anyhow::Result<()> {
         // First, because without its layers it cannot be shown whatever its file is.
         let layers = self.layers(key)?;
@@ -113,7 +117,7 @@ impl Views {
     /// # Errors
     /// Those of the database.
     pub fn check(&self) -> anyhow::Result<Vec<(u32, String, Option<String>)>> {
-        let _building = self.building.lock().unwrap_or_else(PoisonError::into_inner);
+        let _alone = self.admission.alone();
         let mut found = Vec::new();
         for (number, key) in self.store.views()? {
             let Err(what) = self.store.open_view(number) else { continue };
@@ -129,7 +133,7 @@ impl Views {
     /// # Errors
     /// Those of the database.
     pub fn hide_with(&self, layer: u32) -> anyhow::Result<()> {
-        let _building = self.building.lock().unwrap_or_else(PoisonError::into_inner);
+        let _alone = self.admission.alone();
         for (number, key) in self.store.views()? {
             if key.layers.contains(&layer) {
                 self.fs.remove(number);
@@ -141,7 +145,7 @@ impl Views {
     /// The directory that shows `run` (bottom first) merged, over `below` (top first).
     ///
     /// # Errors
-    /// When a layer is not in the store, or the view cannot be built or written.
+    /// When a layer is not in the store or is being removed, or the view cannot be built or written.
     pub async fn path(self: &Arc<Self>, run: &[Digest], below: &[PathBuf]) -> anyhow::Result<PathBuf> {
         let layers: Vec<Arc<Layer>> = run
             .iter()
@@ -151,13 +155,14 @@ impl Views {
             layers: layers.iter().map(|layer| layer.number()).collect(),
             below: below.iter().map(|dir| dir.as_os_str().as_bytes()).collect::<Vec<_>>().join(&b':'),
         };
-        let this = Arc::clone(self);
-        let number = tokio::task::spawn_blocking(move || this.ensure(&key)).await??;
+        let (this, run) = (Arc::clone(self), run.to_vec());
+        let shown = tokio::task::spawn_blocking(move || this.admission.show(&run, || this.ensure(&key))).await?;
+        let number = shown.context("a layer is being removed")??;
         Ok(self.mountpoint.join(number.to_string()))
     }
 
+    /// Called by one at a time.
     fn ensure(&self, key: &ViewKey) -> anyhow::Result<u32> {
-        let _building = self.building.lock().unwrap_or_else(PoisonError::into_inner);
         // First, because a key whose layers are gone would stay for ever.
         let layers = self.layers(key)?;
         let slot = self.store.allocate_view(key)?;
@@ -170,12 +175,11 @@ impl Views {
         Ok(slot.number)
     }
 
-    /// Takes away every view that shows one of these layers. Blocks while a view is being built.
+    /// Takes away every view that shows one of these layers. Called by one at a time, and by nobody while a view is built.
     ///
     /// # Errors
     /// Those of the store.
-    pub fn remove_with(&self, layers: &[u32]) -> anyhow::Result<()> {
-        let _building = self.building.lock().unwrap_or_else(PoisonError::into_inner);
+    pub(crate) fn hide(&self, layers: &[u32]) -> anyhow::Result<()> {
         for (number, key) in self.store.views()? {
             if key.layers.iter().any(|layer| layers.contains(layer)) {
                 self.fs.remove(number);

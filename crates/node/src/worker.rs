@@ -208,7 +208,7 @@ async fn work(settings: &Settings, inherited: Inheritance) -> anyhow::Result<()>
         Options { decide_deadline: settings.decision_deadline, numbers_above: numbers.snapshots, ..Options::default() };
     let snapshots =
         Snapshots::open(&settings.root, Arc::clone(&db), Arc::new(SharedImages(Arc::clone(&images))), options)?;
-    images.sweep(&snapshots.layers()?)?;
+    images.sweep(&snapshots.layers()?).await?;
     let repairer = Repairer::new(Arc::clone(&images), snapshots.clone(), lost);
     repairer.look()?;
 

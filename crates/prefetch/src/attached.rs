@@ -10,6 +10,7 @@ use tokio_util::sync::CancellationToken;
 use crate::around::{Fetched, RecentReads};
 use crate::flight::Flight;
 use crate::hydrate::Status;
+use crate::landing::Flights;
 use crate::share::Sharing;
 
 /// Where the layers of one image come from.
@@ -49,7 +50,7 @@ pub(crate) struct Attached {
     pub(crate) sharing: Sharing,
     sources: Mutex<Vec<Arc<Source>>>,
     next_source: AtomicU64,
-    flights: Mutex<Vec<Arc<Flight>>>,
+    flights: Flights<Flight>,
     recent: Mutex<RecentReads>,
     fetched: Mutex<Fetched>,
 }
@@ -63,7 +64,7 @@ impl Attached {
             sharing: Sharing::default(),
             sources: Mutex::default(),
             next_source: AtomicU64::new(0),
-            flights: Mutex::default(),
+            flights: Flights::default(),
             recent: Mutex::default(),
             fetched: Mutex::default(),
         }
@@ -91,7 +92,12 @@ impl Attached {
 
     /// Fetches under way; as many as the queues of the scheduler allow.
     pub(crate) fn flights(&self) -> MutexGuard<'_, Vec<Arc<Flight>>> {
-        self.flights.lock().unwrap_or_else(PoisonError::into_inner)
+        self.flights.lock()
+    }
+
+    /// The list itself.
+    pub(crate) fn all_flights(&self) -> Flights<Flight> {
+        self.flights.clone()
     }
 
     pub(crate) fn fetched(&self) -> MutexGuard<'_, Fetched> {

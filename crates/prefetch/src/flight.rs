@@ -12,7 +12,6 @@ use millstream_toc::DataRange;
 use millstream_toc::format::{ChunkIx, SpanIx};
 use millstream_toc::read::Chunk;
 use millstream_toc::span::Edge;
-use tokio::sync::watch;
 use tokio::time::Instant;
 
 use crate::attached::{Attached, ImageSources, Source};
@@ -21,6 +20,7 @@ use crate::edges::Edges;
 use crate::extract::Attempt;
 use crate::fetcher::Shared;
 use crate::gate::Urgency;
+use crate::landing::{Landing, Progress, aborted};
 use crate::plan::{Group, Way};
 
 /// A fetch under way whose chunks go to the store.
@@ -30,7 +30,7 @@ pub(crate) struct Flight {
     edges: Arc<Edges>,
     brings: Brings,
     pub(crate) urgency: Urgency,
-    state: watch::Sender<State>,
+    progress: Progress,
 }
 
 /// What a fetch brings when it succeeds.
@@ -42,11 +42,10 @@ enum Brings {
     Chunks(Vec<Chunk>),
 }
 
-#[derive(Debug, Default)]
-struct State {
-    /// Chunks stored so far; a change is what wakes those who wait.
-    chunks: u64,
-    outcome: Option<Result<(), SourceError>>,
+impl AsRef<Progress> for Flight {
+    fn as_ref(&self) -> &Progress {
+        &self.progress
+    }
 }
 
 impl Flight {
@@ -55,7 +54,7 @@ impl Flight {
             Way::Spans { spans, .. } => Brings::Spans(spans.clone()),
             Way::Content => Brings::Chunks(group.chunks.clone()),
         };
-        Self { layer, edges, brings, urgency: Urgency::new(priority), state: watch::Sender::default() }
+        Self { layer, edges, brings, urgency: Urgency::new(priority), progress: Progress::default() }
     }
 
     /// Whether it will bring what lies in `spans`.
@@ -70,26 +69,7 @@ impl Flight {
 
     /// Waits until no chunk of `range` is missing (`true`) or the fetch has ended.
     async fn wait(&self, range: DataRange) -> Result<bool, SourceError> {
-        let mut state = self.state.subscribe();
-        loop {
-            // The outcome first: what was stored before it was set is then seen below.
-            let outcome = state.borrow_and_update().outcome.clone();
-            if self.layer.missing(range).map_err(store_failed)?.is_empty() {
-                return Ok(true);
-            }
-            if let Some(outcome) = outcome {
-                return outcome.map(|()| false);
-            }
-            if state.changed().await.is_err() {
-                return Err(aborted());
-            }
-        }
-    }
-
-    fn finish(&self, outcome: Result<(), SourceError>) {
-        self.state.send_modify(|state| {
-            state.outcome.get_or_insert(outcome);
-        });
+        self.progress.wait(|| Ok(self.layer.missing(range).map_err(store_failed)?.is_empty())).await
     }
 }
 
@@ -115,7 +95,7 @@ impl ChunkSink for Flight {
 
     fn put(&self, chunk: Chunk, bytes: &[u8]) -> Result<(), SourceError> {
         self.layer.write(chunk, bytes).map_err(store_failed)?;
-        self.state.send_modify(|state| state.chunks += 1);
+        self.progress.stored();
         Ok(())
     }
 
@@ -138,27 +118,9 @@ impl ChunkSink for Flight {
     }
 }
 
-/// Takes the flight off the list however its task ends, so that nobody joins one that is over.
-struct Landing {
-    attached: Arc<Attached>,
-    flight: Arc<Flight>,
-    outcome: Option<Result<(), SourceError>>,
-}
-
-impl Drop for Landing {
-    fn drop(&mut self) {
-        self.attached.flights().retain(|flight| !Arc::ptr_eq(flight, &self.flight));
-        self.flight.finish(self.outcome.take().unwrap_or_else(|| Err(aborted())));
-    }
-}
-
-fn aborted() -> SourceError {
-    SourceError::new(ErrorKind::Unavailable, "the fetch was ended")
-}
-
 /// Runs a flight to its end, also when nobody waits for it any more. It is on the list already.
 pub(crate) async fn fly(shared: Arc<Shared>, attached: Arc<Attached>, flight: Arc<Flight>, group: Group) {
-    let mut landing = Landing { attached: attached.clone(), flight: flight.clone(), outcome: None };
+    let landing = Landing::new(attached.all_flights(), flight.clone());
     let sink: Arc<dyn ChunkSink> = flight.clone();
     let attempt =
         Attempt { shared: &shared, layer: &attached.layer, group: &group, urgency: &flight.urgency, sink: &sink };
@@ -180,7 +142,7 @@ pub(crate) async fn fly(shared: Arc<Shared>, attached: Arc<Attached>, flight: Ar
             way = ?group.way, "fetch failed",
         );
     }
-    landing.outcome = Some(outcome);
+    landing.end(outcome);
 }
 
 /// Which half of a source was asked.

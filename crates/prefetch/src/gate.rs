@@ -1,13 +1,13 @@
-//! The [`Scheduler`] with tasks that wait in it.
+//! The [`Scheduler`] with tasks that wait in it. Tests run this file under a scheduler that tries orders out (`schedules`);
+//! `super::sync` is where its locks and its time come from.
 
 use std::collections::HashMap;
-use std::sync::{Mutex, MutexGuard, PoisonError};
 use std::time::Duration;
 
 use millstream_source::{ErrorKind, Priority, SourceError};
-use tokio::sync::{oneshot, watch};
-use tokio::time::Instant;
+use tokio::sync::oneshot;
 
+use super::sync::{Instant, Mutex, MutexGuard, PoisonError, timeout, timeout_at, watch};
 use crate::queue::{Limits, Scheduler, Ticket};
 
 /// Hands out the right to send a request.
@@ -97,7 +97,7 @@ impl Gate {
             }
         }
         let active = state.scheduler.demand_active();
-        drop(state);
+        // With the queue locked: told afterwards, it could be told after a later change, and stay wrong.
         self.demand.send_if_modified(|before| std::mem::replace(before, active) != active);
         value
     }
@@ -133,7 +133,7 @@ impl Gate {
             let now = Instant::now();
             let due = self.state().scheduler.next_due(now.saturating_duration_since(self.epoch));
             let look = due.map_or(now + self.starvation, |due| self.epoch + due);
-            match tokio::time::timeout_at(look, &mut granted).await {
+            match timeout_at(look, &mut granted).await {
                 Ok(_) => return Ok(permit),
                 Err(_) => self.change(|_| ()),
             }
@@ -148,7 +148,7 @@ impl Gate {
         let begin = Instant::now();
         let mut demand = self.demand.subscribe();
         // The sender lives as long as `self`, so this ends by the change or by the time.
-        let _ = tokio::time::timeout(bound, demand.wait_for(|active| !active)).await;
+        let _ = timeout(bound, demand.wait_for(|active| !active)).await;
         bound.saturating_sub(begin.elapsed())
     }
 

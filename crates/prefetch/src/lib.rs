@@ -12,6 +12,7 @@ mod fetcher;
 mod flight;
 mod gate;
 mod hydrate;
+mod landing;
 mod lru;
 mod options;
 mod pace;
@@ -19,8 +20,11 @@ mod part;
 pub mod plan;
 pub mod queue;
 mod rebuild;
+#[cfg(test)]
+mod schedules;
 mod share;
 mod skeleton;
+mod sync;
 mod windows;
 
 pub use attached::ImageSources;

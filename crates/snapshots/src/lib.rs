@@ -10,9 +10,12 @@ pub mod mounts;
 pub mod outcome;
 mod record;
 mod releases;
+#[cfg(test)]
+mod releases_tests;
 mod service;
 mod snapshots;
 mod status;
+mod sync;
 
 pub use error::Error;
 pub use images::{LazyImages, Parent, PrepareRequest, ViewFailure};

@@ -2,15 +2,17 @@
 //!
 //! A decision says "lazy" for a layer; before its snapshot is recorded, the last other snapshot of that layer is removed
 //! and the layer is given back. Recording the snapshot now would point at nothing. Nobody waits for anybody here: who is
-//! about to record asks whether the layer was given back since the decision began, and defers the layer then.
+//! about to record asks whether the layer was given back since the decision began, and defers the layer then. The tests of
+//! `millstream-node` run this file under a scheduler that tries orders out; `super::sync` is where its lock comes from.
 
 use std::collections::VecDeque;
-use std::sync::{Mutex, MutexGuard, PoisonError};
 
 use millstream_oci::Digest;
 
+use super::sync::{Mutex, MutexGuard, PoisonError};
+
 /// Releases that are remembered. Older ones count as "perhaps your layer", which costs a deferral.
-const REMEMBERED: usize = 1024;
+pub(crate) const REMEMBERED: usize = 1024;
 
 /// A point in the order of releases.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
@@ -31,6 +33,43 @@ impl Releases {
     /// The point to compare with later. Taken before a decision begins. Blocks while a release or a record is written.
     pub(crate) fn mark(&self) -> Mark {
         Mark(self.lock().count)
+    }
+
+    /// Takes the snapshot of `layer` that is there already (`existing`), else makes one, unless the layer was given back since
+    /// `mark`: then there is none.
+    ///
+    /// # Errors
+    /// Those of the two.
+    pub(crate) fn record<T, E>(
+        &self,
+        mark: Mark,
+        layer: &Digest,
+        existing: impl FnOnce() -> Result<Option<T>, E>,
+        make: impl FnOnce() -> Result<T, E>,
+    ) -> Result<Option<T>, E> {
+        let log = self.lock();
+        if let Some(found) = existing()? {
+            return Ok(Some(found));
+        }
+        if log.released_since(mark, layer) { Ok(None) } else { make().map(Some) }
+    }
+
+    /// Gives `layer` back by `release`, unless a snapshot shows it, also one that was recorded just now.
+    ///
+    /// # Errors
+    /// That of `shown`.
+    pub(crate) fn release_unless<E>(
+        &self,
+        layer: &Digest,
+        shown: impl FnOnce() -> Result<bool, E>,
+        release: impl FnOnce(),
+    ) -> Result<(), E> {
+        let mut log = self.lock();
+        if !shown()? {
+            log.push(*layer);
+            release();
+        }
+        Ok(())
     }
 
     /// Excludes releases and records of lazy snapshots while the guard lives.
@@ -54,33 +93,5 @@ impl Log {
     pub(crate) fn released_since(&self, mark: Mark, layer: &Digest) -> bool {
         let Ok(since) = usize::try_from(self.count.saturating_sub(mark.0)) else { return true };
         since > self.recent.len() || self.recent.iter().rev().take(since).any(|released| released == layer)
-    }
-}
-
-#[cfg(test)]
-mod tests {
-    use super::*;
-
-    #[test]
-    fn only_later_releases_of_the_layer_count() {
-        let (a, b) = (Digest::of(b"a"), Digest::of(b"b"));
-        let releases = Releases::default();
-        releases.lock().push(a);
-        let mark = releases.mark();
-        assert!(!releases.lock().released_since(mark, &a));
-        releases.lock().push(b);
-        assert!(!releases.lock().released_since(mark, &a));
-        assert!(releases.lock().released_since(mark, &b));
-    }
-
-    #[test]
-    fn a_forgotten_past_counts_as_released() {
-        let (a, b) = (Digest::of(b"a"), Digest::of(b"b"));
-        let releases = Releases::default();
-        let mark = releases.mark();
-        for _ in 0..=REMEMBERED {
-            releases.lock().push(b);
-        }
-        assert!(releases.lock().released_since(mark, &a));
     }
 }

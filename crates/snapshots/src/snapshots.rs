@@ -525,20 +525,20 @@ impl Shared {
         layer: Digest,
         mark: Mark,
     ) -> Result<Option<String>, Error> {
-        let log = self.releases.lock();
         let target = request.target.to_string();
-        let below = request.parent.as_ref().map(|parent| parent.name.as_str()).unwrap_or_default();
-        if let Some(name) = self.existing(&target, below, None)?
-            && self.metadata.admit(&name, &request.namespace)?
-        {
-            return Ok(Some(name));
-        }
-        if log.released_since(mark, &layer) {
-            return Ok(None);
-        }
-        let parent = request.parent.map(|parent| parent.name).zip(parent);
-        let new = New { key: String::new(), kind: Kind::Committed, parent, labels: request.labels, now: self.now() };
-        self.metadata.create_lazy(new, &request.namespace, &target, layer).map(Some)
+        let below = request.parent.as_ref().map(|parent| parent.name.clone()).unwrap_or_default();
+        let namespace = request.namespace.clone();
+        let existing = || match self.existing(&target, &below, None)? {
+            Some(name) => Ok(self.metadata.admit(&name, &namespace)?.then_some(name)),
+            None => Ok(None),
+        };
+        let make = || {
+            let parent = request.parent.map(|parent| parent.name).zip(parent);
+            let new =
+                New { key: String::new(), kind: Kind::Committed, parent, labels: request.labels, now: self.now() };
+            self.metadata.create_lazy(new, &namespace, &target, layer)
+        };
+        self.releases.record(mark, &layer, existing, make)
     }
 
     fn remove(&self, name: &str) -> Result<(), Error> {
@@ -554,13 +554,7 @@ impl Shared {
     }
 
     fn release_unused(&self, layer: &Digest) -> Result<(), Error> {
-        let mut log = self.releases.lock();
-        // A Prepare may have recorded a snapshot of it meanwhile.
-        if !self.metadata.uses(layer)? {
-            log.push(*layer);
-            self.images.released(&[*layer]);
-        }
-        Ok(())
+        self.releases.release_unless(layer, || self.metadata.uses(layer), || self.images.released(&[*layer]))
     }
 }
 

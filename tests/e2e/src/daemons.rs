@@ -12,7 +12,7 @@ use millstream_wire::containerd::services::snapshots::v1::snapshots_client::Snap
 use millstream_wire::containerd::services::snapshots::v1::{Info, ListSnapshotsRequest};
 use millstream_wire::millstream::v1::node_client::NodeClient;
 use millstream_wire::millstream::v1::{
-    ExplainRequest, ExplainResponse, SetHydrationRequest, SetStreamingRequest, StatusRequest, StatusResponse,
+    ExplainRequest, ExplainResponse, GcRequest, SetHydrationRequest, SetStreamingRequest, StatusRequest, StatusResponse,
 };
 
 use crate::containerd::Snapshotter;
@@ -77,6 +77,7 @@ pub struct Node {
     config: PathBuf,
     socket: PathBuf,
     root: PathBuf,
+    metrics: Option<SocketAddr>,
     installation: Option<Installation>,
     log: PathBuf,
     process: Option<Process>,
@@ -92,7 +93,8 @@ impl Node {
         let dir = work.dir("node")?;
         let (config, socket, root) = (dir.join("millstreamd.toml"), dir.join("m.sock"), dir.join("root"));
         std::fs::write(&config, node_settings(&dir, options)?)?;
-        let mut node = Self { config, socket, root, installation: None, log: work.log(NODE), process: None };
+        let (metrics, log) = (options.metrics, work.log(NODE));
+        let mut node = Self { config, socket, root, metrics, installation: None, log, process: None };
         node.launch()?;
         Ok(node)
     }
@@ -109,7 +111,8 @@ impl Node {
         let socket = installation.at("/run/millstream/millstream.sock");
         let root = installation.at("/var/lib/millstream");
         let installation = Some(installation.clone());
-        let mut node = Self { config, socket, root, installation, log: work.log(NODE), process: None };
+        let log = work.log(NODE);
+        let mut node = Self { config, socket, root, metrics: None, installation, log, process: None };
         node.launch()?;
         Ok(node)
     }
@@ -169,6 +172,16 @@ impl Node {
     /// What containerd is told of it.
     pub fn snapshotter(&self) -> Snapshotter {
         Snapshotter::Millstream { socket: self.socket(), root: self.root() }
+    }
+
+    /// Where it shows its metrics, if it does.
+    pub fn metrics(&self) -> Option<SocketAddr> {
+        self.metrics
+    }
+
+    /// The id of the process that starts the workers, while it runs.
+    pub fn supervisor(&self) -> Option<i32> {
+        self.process.as_ref().and_then(|process| i32::try_from(process.id()).ok())
     }
 
     /// The ids of the processes below the supervisor, which do the work and may be killed alone.
@@ -281,6 +294,15 @@ impl Node {
     pub fn explain(&self, image: &str) -> Result<ExplainResponse> {
         let request = ExplainRequest { image: image.to_owned() };
         call(&self.socket(), async |mut node| node.explain(request).await)
+    }
+
+    /// Gives back at once what nothing uses.
+    ///
+    /// # Errors
+    ///
+    /// If it does not answer.
+    pub fn give_back(&self) -> Result<()> {
+        call(&self.socket(), async |mut node| node.gc(GcRequest { dry_run: false }).await).map(drop)
     }
 
     /// Switches streaming of new images on or off.

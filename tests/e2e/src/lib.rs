@@ -9,6 +9,7 @@ pub mod daemons;
 pub mod debian;
 pub mod delay;
 pub mod disk;
+pub mod gauges;
 pub mod image;
 pub mod installation;
 pub mod layer;
