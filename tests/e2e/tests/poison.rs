@@ -17,7 +17,7 @@ use millstream_wire::millstream::v1::layer_status::State;
 
 const DEADLINE: Duration = Duration::from_secs(60);
 /// Somewhat more than a request must have been worked on for a SIGKILL to count against it.
-const WHILE: Duration = Duration::from_millis(700);
+const WHILE: Duration = Duration::from_millis(3500);
 const SIZE: usize = 4 << 20;
 
 /// A worker dies by SIGKILL after it has worked on what is in flight for a while.
