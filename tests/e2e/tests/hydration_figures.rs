@@ -230,7 +230,7 @@ fn background_downloads_leave_the_processors_to_others() {
     if !can_be_set(&[]) {
         return;
     }
-    let mut stage = stage();
+    let stage = stage();
     stage.cri.pull(&stage.image, None).unwrap();
     let others = Others::start(&stage.work);
     let (mut without, mut with, mut done) = (Vec::new(), Vec::new(), Vec::new());
