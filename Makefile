@@ -3,7 +3,7 @@
 # The oldest toolchain that can build it; Cargo.toml says the same to cargo.
 RUST := 1.90
 
-.PHONY: help build install check fmt lint test unit e2e clients big demo bench fuzz docs deny tools toolchain
+.PHONY: help build install check fmt lint test unit e2e clients big soak demo bench fuzz docs deny tools toolchain
 
 help: ## list the doors
 	@awk -F':.*## ' '/^[a-z0-9-]+:.*## / { printf "  make %-10s %s\n", $$1, $$2 }' Makefile
@@ -72,6 +72,11 @@ clients: toolchain ## the releases of containerd and the clients of the README's
 big: toolchain ## an image of 5 GB; needs root, 25 GB of disk, some minutes
 	cargo build --release --workspace --bins --locked
 	tests/tools/test.sh --release --workspace --test big -- --ignored --nocapture
+
+# The long form of what `make test` does for some seconds each: deaths of the worker, disks that are cut off, every damage.
+soak: toolchain tools ## deaths, cut disks and damage, for most of an hour; needs root
+	cargo test --workspace --no-run --locked
+	tests/tools/test.sh --workspace --test takeover --test power_cut --test damage -- --ignored --nocapture
 
 demo: toolchain ## the main job on real input, with a table at the end; needs root
 	tests/tools/install.sh demo

@@ -10,6 +10,8 @@ use crate::StoreError;
 /// A step of the store on the disk, in the order in which they follow each other.
 #[derive(Debug, Clone, Copy, PartialEq, Eq, Hash)]
 pub enum Step {
+    /// Bytes that were found present are read.
+    ReadData,
     /// Bytes of a chunk are written.
     WriteData,
     /// Written chunks are forced to the disk.

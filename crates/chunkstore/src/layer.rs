@@ -90,7 +90,7 @@ pub struct Layer {
     bytes_synced: AtomicU64,
     /// Bytes of the disk that content takes, as [`Space`] counts them.
     stored: AtomicU64,
-    /// Seconds since 1970 of the last use.
+    /// Nanoseconds since 1970 of the last use.
     used: AtomicU64,
     space: Arc<Space>,
     state: RwLock<LayerState>,
@@ -152,7 +152,7 @@ impl Layer {
             bytes_total: total,
             bytes_synced: AtomicU64::new(present),
             stored: AtomicU64::new(stored),
-            used: AtomicU64::new(used.as_secs()),
+            used: AtomicU64::new(nanoseconds(used)),
             space,
             state: RwLock::new(record.state),
             dirty: AtomicBool::new(false),
@@ -245,7 +245,8 @@ impl Layer {
         // What is seen here stays until it is read.
         let _content = self.content.read().unwrap_or_else(PoisonError::into_inner);
         let missing = self.missing(range)?;
-        let read = self.data.read_exact_at(out, range.start).map_err(|error| match error.kind() {
+        let read = self.faults.before(Step::ReadData, &self.data_path);
+        let read = read.and_then(|()| self.data.read_exact_at(out, range.start)).map_err(|error| match error.kind() {
             std::io::ErrorKind::UnexpectedEof => damaged(DATA_FILE, &self.digest),
             _ => StoreError::io("read", &self.data_path, error),
         });
@@ -526,15 +527,15 @@ impl Layer {
 
     /// Notes that somebody has use for the layer.
     pub fn note_use(&self, now: SystemTime) {
-        let now = now.duration_since(UNIX_EPOCH).unwrap_or_default().as_secs();
+        let now = now.duration_since(UNIX_EPOCH).unwrap_or_default();
         // Of no consequence for anything else.
-        self.used.fetch_max(now, Ordering::Relaxed);
+        self.used.fetch_max(nanoseconds(now), Ordering::Relaxed);
     }
 
-    /// When somebody last had use for it, to the second.
+    /// When somebody last had use for it.
     #[must_use]
     pub fn last_use(&self) -> SystemTime {
-        UNIX_EPOCH + Duration::from_secs(self.used.load(Ordering::Relaxed))
+        UNIX_EPOCH + Duration::from_nanos(self.used.load(Ordering::Relaxed))
     }
 
     /// Writes the last use down, as time of access of the data file; it need not survive a power cut.
@@ -593,6 +594,11 @@ impl Drop for Layer {
         // If it was removed, its data file ends with it.
         self.space.give_back(self.bytes_stored());
     }
+}
+
+/// Enough until the year 2554.
+fn nanoseconds(time: Duration) -> u64 {
+    u64::try_from(time.as_nanos()).unwrap_or(u64::MAX)
 }
 
 /// Bytes of a block as `stat(2)` counts them, whatever the file system.

@@ -4,15 +4,18 @@
 mod fixture;
 
 use std::os::unix::fs::MetadataExt;
+use std::path::Path;
 use std::sync::atomic::{AtomicBool, AtomicU64, Ordering};
+use std::sync::mpsc::{Receiver, SyncSender, sync_channel};
+use std::sync::{Arc, Mutex};
 use std::thread;
 use std::time::{Duration, Instant, SystemTime};
 
 use fixture::{Place, bytes_of, chunks, fill, noise, read, tar, toc};
-use millstream_chunkstore::{LayerState, Refusal, Step, StoreError};
+use millstream_chunkstore::{Faults, Layer, LayerState, Refusal, Step, Store, StoreError, StoreOptions};
 use millstream_toc::{BuildOptions, Compression, DataRange, build};
 
-fn on_disk(layer: &millstream_chunkstore::Layer) -> u64 {
+fn on_disk(layer: &Layer) -> u64 {
     layer.data_file().metadata().unwrap().blocks() * 512
 }
 
@@ -135,6 +138,77 @@ fn the_last_use_is_remembered() {
         layer.digest()
     };
     assert_eq!(place.open().layer(&digest).unwrap().last_use(), then);
+}
+
+/// A disk that stops before one step until a test lets it go on.
+#[derive(Debug)]
+struct Stops {
+    at: Step,
+    reached: SyncSender<()>,
+    go_on: Mutex<Receiver<()>>,
+}
+
+impl Faults for Stops {
+    fn before(&self, step: Step, _: &Path) -> std::io::Result<()> {
+        if step == self.at && self.reached.send(()).is_ok() {
+            // Nobody holds it back any more when the test has ended.
+            let _ = self.go_on.lock().unwrap().recv();
+        }
+        Ok(())
+    }
+}
+
+/// Stops one thread in the middle of `act` and has another one evict everything meanwhile: whether that waited.
+fn eviction_waits(at: Step, prepare: impl Fn(&Layer), act: impl Fn(&Layer) + Sync) -> bool {
+    let place = Place::new();
+    let (reached, stops) = sync_channel(0);
+    let (let_go, go_on) = sync_channel(0);
+    let digest = {
+        let store = place.open();
+        let layer = store.admit(&toc(1)).unwrap();
+        prepare(&layer);
+        layer.sync().unwrap();
+        layer.digest()
+    };
+    let db = Arc::new(redb::Database::create(place.dir.path().join("db")).unwrap());
+    let faults = Arc::new(Stops { at, reached, go_on: Mutex::new(go_on) });
+    let store = Store::open(&place.root(), db, StoreOptions { sync_interval: Duration::ZERO, faults }).unwrap();
+    let layer = store.layer(&digest).unwrap();
+    thread::scope(|scope| {
+        let acting = scope.spawn(|| act(&layer));
+        stops.recv().unwrap();
+        let eviction = scope.spawn(|| store.evict(&layer, u64::MAX).unwrap());
+        let end = Instant::now() + Duration::from_millis(300);
+        while Instant::now() < end && !eviction.is_finished() {
+            thread::park_timeout(Duration::from_millis(1));
+        }
+        let waited = !eviction.is_finished();
+        drop(stops);
+        drop(let_go);
+        acting.join().unwrap();
+        eviction.join().unwrap();
+        waited
+    })
+}
+
+#[test]
+fn an_eviction_waits_for_who_reads_and_for_who_writes() {
+    let reads = |layer: &Layer| {
+        let chunk = chunks(layer.toc())[0];
+        let mut out = vec![0; chunk.data.len() as usize];
+        assert!(layer.read(chunk.data, &mut out).unwrap().is_empty());
+        assert!(out == bytes_of(chunk), "the hole was read");
+    };
+    assert!(eviction_waits(Step::ReadData, fill, reads));
+    let first = |layer: &Layer| {
+        let chunk = chunks(layer.toc())[0];
+        layer.write(chunk, &bytes_of(chunk)).unwrap();
+    };
+    let writes = |layer: &Layer| {
+        let chunk = chunks(layer.toc())[1];
+        layer.write(chunk, &bytes_of(chunk)).unwrap();
+    };
+    assert!(eviction_waits(Step::WriteData, first, writes));
 }
 
 /// Readers, writers, a syncing thread and an evicting one, all at once: whoever is told that nothing is missing has the right

@@ -8,7 +8,7 @@ use std::time::{Duration, Instant, SystemTime, UNIX_EPOCH};
 
 use anyhow::Context;
 use async_trait::async_trait;
-use millstream_chunkstore::{Layer, LayerState, Store};
+use millstream_chunkstore::{Layer, LayerState, Refusal, Store};
 use millstream_layerfs::{Contradiction, ViewLayer, contradiction};
 use millstream_oci::{ChainId, Digest, ManifestDigest};
 use millstream_prefetch::{FetchEvents, Fetcher};
@@ -338,8 +338,9 @@ impl NodeImages {
         };
         let stop = stop.map(|reason| (admitted.len(), reason));
         let sources = origin.sources();
+        let now = SystemTime::now();
         for layer in admitted {
-            layer.note_use(SystemTime::now());
+            layer.note_use(now);
             if layer.state() == LayerState::Lazy {
                 let digest = layer.digest();
                 self.fetcher.attach(layer, sources.clone());
@@ -490,8 +491,10 @@ impl NodeImages {
 
     /// Somebody is about to use these layers. What was given up of them comes back, as far as there is room.
     fn note_use(&self, layers: &[Digest]) {
+        // The same for all: layers of one image do not make room for each other.
+        let now = SystemTime::now();
         for layer in layers.iter().filter_map(|digest| self.store.layer(digest)) {
-            layer.note_use(SystemTime::now());
+            layer.note_use(now);
             if layer.state() == LayerState::Lazy && self.fetcher.is_attached(&layer.digest()) {
                 self.fetcher.hydrate(&layer.digest());
             }
@@ -586,8 +589,11 @@ impl NodeImages {
         let root = self.store.root();
         let disk = rustix::fs::statvfs(root).ok()?;
         let free = disk.f_bavail.saturating_mul(disk.f_frsize);
-        let text = match (disk.f_flag.contains(StatVfsMountFlags::RDONLY), free < METADATA_ROOM) {
-            (true, _) => format!("{} is mounted read-only; hint: see the kernel's log", root.display()),
+        // Since an error is no reason for ext4 to show the flag (kernel 6.15), the store may know better.
+        let read_only =
+            disk.f_flag.contains(StatVfsMountFlags::RDONLY) || self.store.space().trouble() == Some(Refusal::ReadOnly);
+        let text = match (read_only, free < METADATA_ROOM) {
+            (true, _) => format!("{} is read-only; hint: see the kernel's log", root.display()),
             (_, true) => format!("only {free} bytes are free on the disk with {}; hint: make room", root.display()),
             _ => return None,
         };

@@ -112,12 +112,15 @@ impl Keeper {
         if !attempt {
             return true;
         }
-        let claim = space.take_claim();
-        let given_up = if used > bounds.high {
-            self.give_up(used - bounds.low, None)
-        } else {
-            let Some(claim) = claim.filter(|claim| claim.bytes <= bounds.high) else { return true };
-            self.give_up(used.saturating_add(claim.bytes).saturating_sub(bounds.high), Some(claim.used))
+        let claim = space.take_claim().filter(|claim| claim.bytes <= bounds.high);
+        let given_up = match claim {
+            _ if used > bounds.high => self.give_up(used - bounds.low, None),
+            Some(claim) => {
+                let wanted = used.saturating_add(claim.bytes).saturating_sub(bounds.high);
+                // Whoever claims makes pauses of its own.
+                self.give_up(wanted, Some(claim.used)).map(|freed| freed.max(1))
+            }
+            None => return true,
         };
         given_up.unwrap_or_else(|error| {
             warn!(error = format!("{error:#}"), "content cannot be given up");

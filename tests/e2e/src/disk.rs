@@ -17,7 +17,7 @@ use crate::process::{eventually, output};
 use crate::workdir::Workdir;
 
 /// How long the last users of a file system may take to let go of it.
-const BUSY: Duration = Duration::from_secs(20);
+const BUSY: Duration = Duration::from_secs(60);
 
 /// What a test with a disk of its own needs.
 pub const DISK: &[Need] = &[
@@ -104,9 +104,10 @@ impl Disk {
         let device = output(Command::new("findmnt").args(["-n", "-o", "SOURCE"]).arg(&self.at))?;
         let name = device.trim().trim_start_matches("/dev/");
         std::fs::write(format!("/sys/fs/ext4/{name}/trigger_fs_error"), "for a test")?;
+        // Newer kernels do not say so in the flags of the mount.
         let read_only = || {
-            let disk = rustix::fs::statvfs(&self.at).ok()?;
-            disk.f_flag.contains(rustix::fs::StatVfsMountFlags::RDONLY).then_some(())
+            let error = std::fs::File::create(self.at.join("probe")).err()?;
+            (error.kind() == std::io::ErrorKind::ReadOnlyFilesystem).then_some(())
         };
         eventually("the read-only mount", BUSY, read_only)
     }
@@ -158,7 +159,14 @@ impl Disk {
             unmount(self.at.join("m"), UnmountFlags::DETACH).ok();
             unmount(&self.at, UnmountFlags::empty()).ok()
         })
-        .with_context(|| format!("unmounting {}", self.at.display()))
+        .with_context(|| format!("unmounting {}", self.at.display()))?;
+        // A mount namespace that was made meanwhile, by whomever, has the file system as well: it would be found again as it is,
+        // cut off.
+        eventually("the end of the loop device", BUSY, || {
+            output(Command::new(find("losetup").ok()?).arg("-j").arg(&self.image))
+                .is_ok_and(|all| all.is_empty())
+                .then_some(())
+        })
     }
 }
 

@@ -14,7 +14,7 @@ use millstream_e2e::daemons::{Node, NodeOptions};
 use millstream_e2e::disk::{DISK, Disk, FileSystem};
 use millstream_e2e::image::Image;
 use millstream_e2e::layer::{Entry, Packing, noise};
-use millstream_e2e::process::{eventually, let_pass};
+use millstream_e2e::process::eventually;
 use millstream_e2e::registry::free_address;
 use millstream_e2e::stage::{Pushed, Stage, await_decision, await_verified, can_be_set, layers_of};
 use millstream_wire::millstream::v1::Store;
@@ -78,13 +78,10 @@ fn a_quota_gives_up_what_was_not_used_for_longest_and_never_what_containers_need
     let container = contain(&caller, &images[0], 0);
     await_verified(&node, &images[0]).unwrap();
     for image in &images[1..3] {
-        // The last use counts in seconds.
-        let_pass(Duration::from_millis(1001));
         caller.pull(image).unwrap();
         await_verified(&node, image).unwrap();
     }
     assert_eq!((store(&node).evicted_bytes, store(&node).trouble.as_str()), (0, ""));
-    let_pass(Duration::from_millis(1001));
     let last = contain(&caller, &images[3], 3);
     await_verified(&node, &images[3]).unwrap();
     assert_eq!(
