@@ -141,6 +141,7 @@ fn some_cases() -> Vec<Case> {
         case(Target::View, Harm::Gone, Touched::Nothing, VIEW),
         Case { stays: true, ..case(Target::Database, Harm::Torn(0), Touched::Nothing, RESTORED) },
         garbage_record(),
+        strange_files(),
     ]
 }
 
@@ -180,7 +181,12 @@ fn all_cases() -> Vec<Case> {
         code: "store.snapshot-damaged",
         stays: true,
     });
-    cases.push(Case {
+    cases.push(strange_files());
+    cases
+}
+
+fn strange_files() -> Case {
+    Case {
         name: "strange files".to_owned(),
         damage: Box::new(|place| {
             for dir in ["", "layers", "views", "s", "trash", "server"] {
@@ -189,14 +195,14 @@ fn all_cases() -> Vec<Case> {
                 fs::write(dir.join("7f"), "strange").unwrap();
                 std::os::unix::fs::symlink("nowhere", dir.join("link")).unwrap();
             }
+            fs::remove_file(place.verified.join("keys")).ok();
             fs::create_dir_all(place.verified.join("keys")).unwrap();
             fs::write(place.verified.join("present"), "strange").unwrap();
         }),
         touched: Touched::Nothing,
         code: "",
         stays: false,
-    });
-    cases
+    }
 }
 
 fn garbage_record() -> Case {
