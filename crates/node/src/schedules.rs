@@ -1,5 +1,5 @@
 //! What layers go through, run under a scheduler that tries orders out: the very files that keep the order, here and in
-//! `millstream-snapshots`, with its locks in place of the usual ones. Each test says which change of the code it guards
+//! `millstream-snapshots`, with its locks in place of the usual ones. Each test says which change of the code it was seen to fail
 //! on.
 
 mod sync {
@@ -164,7 +164,7 @@ fn future_point() {
     shuttle::thread::yield_now();
 }
 
-/// Guards against: no look at the releases since the decision (a snapshot of a layer that is gone); a release that asks outside
+/// Seen to fail with: no look at the releases since the decision (a snapshot of a layer that is gone); a release that asks outside
 /// the log's lock whether the layer is used; a turn that others can have at the same time (what was admitted again is removed, as
 /// it could be when the caller of `millstream gc` went away).
 #[test]
@@ -199,7 +199,7 @@ fn no_snapshot_is_left_of_a_layer_that_was_removed() {
     });
 }
 
-/// Guards against: a view that is built without asking whether its layer was given back, as it was before this test: between
+/// Seen to fail with: a view that is built without asking whether its layer was given back, as it was before this test: between
 /// the look at views and the removal from the store.
 #[test]
 fn no_view_is_left_of_a_layer_that_was_removed() {
