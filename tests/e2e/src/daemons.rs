@@ -139,16 +139,6 @@ impl Node {
         Ok(())
     }
 
-    /// Its settings.
-    pub fn config(&self) -> &Path {
-        &self.config
-    }
-
-    /// The supervisor's process, while it runs.
-    pub fn supervisor(&self) -> Option<rustix::process::Pid> {
-        self.process.as_ref().and_then(|process| rustix::process::Pid::from_raw(process.id().cast_signed()))
-    }
-
     /// The socket for containerd and for the command line.
     pub fn socket(&self) -> PathBuf {
         self.socket.clone()

@@ -138,7 +138,7 @@ fn reload_by_signal(busy: &Busy) {
     let worker = busy.worker().unwrap();
     let tried = || std::fs::read_to_string(busy.node.log()).unwrap_or_default().matches("no upgrade").count();
     let before = tried();
-    kill_process(busy.node.supervisor().unwrap(), Signal::HUP).unwrap();
+    kill_process(Pid::from_raw(busy.node.supervisor().unwrap()).unwrap(), Signal::HUP).unwrap();
     eventually("the reload", DEADLINE, || (tried() > before).then_some(())).unwrap();
     assert_eq!(busy.worker().unwrap(), worker);
 }
