@@ -1,4 +1,5 @@
 #![doc = include_str!("../README.md")]
+#![cfg_attr(test, allow(clippy::duplicate_mod, reason = "`schedules` has the same files with other locks"))]
 
 mod admission;
 pub mod below;
