@@ -172,7 +172,12 @@ fn eviction_waits(at: Step, prepare: impl Fn(&Layer), act: impl Fn(&Layer) + Syn
     };
     let db = Arc::new(redb::Database::create(place.dir.path().join("db")).unwrap());
     let faults = Arc::new(Stops { at, reached, go_on: Mutex::new(go_on) });
-    let store = Store::open(&place.root(), db, StoreOptions { sync_interval: Duration::ZERO, faults, ..StoreOptions::default() }).unwrap();
+    let store = Store::open(
+        &place.root(),
+        db,
+        StoreOptions { sync_interval: Duration::ZERO, faults, ..StoreOptions::default() },
+    )
+    .unwrap();
     let layer = store.layer(&digest).unwrap();
     thread::scope(|scope| {
         let acting = scope.spawn(|| act(&layer));

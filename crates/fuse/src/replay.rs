@@ -50,7 +50,7 @@ pub(crate) fn answer<F: Filesystem>(fs: F, init: &[u8], device: OwnedFd, left: V
     std::thread::Builder::new().name("fuse-left".into()).spawn(move || {
         // It ends when our end of the socket is closed, which it takes for an error.
         let ended = session.run();
-        debug!(?ended, "no more of what the last worker left");
+        debug!(outcome = ?ended, "no more of what the last worker left");
     })?;
     std::thread::Builder::new().name("fuse-left".into()).spawn(move || {
         if let Err(error) = exchange(&ours, &device, &left) {

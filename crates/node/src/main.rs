@@ -1,6 +1,7 @@
 //! `millstreamd`, the node daemon of Millstream: containerd's snapshotter, one FUSE mount, the local store.
 
 use std::path::Path;
+use std::time::Duration;
 
 use anyhow::{Context, anyhow};
 use clap::Parser;
@@ -55,7 +56,13 @@ fn work() -> anyhow::Result<()> {
     rustls::crypto::ring::default_provider()
         .install_default()
         .map_err(|_| anyhow!("a TLS provider is installed already"))?;
-    let runtime = tokio::runtime::Builder::new_multi_thread().enable_all().thread_name("worker").build()?;
+    let runtime = tokio::runtime::Builder::new_multi_thread()
+        .enable_all()
+        .thread_name("worker")
+        // Any of the idle threads takes the next piece of blocking work: with a little of it now and then, a long life would keep
+        // as many as there ever were.
+        .thread_keep_alive(Duration::from_secs(1))
+        .build()?;
     let result = runtime.block_on(worker::run(&settings, inherited));
     // Reads that still wait for a source must not hold up the end. To drop them would answer EIO; unanswered, they wait for the
     // next worker, or end with the mount.

@@ -343,7 +343,8 @@ fn encode(out: &mut DescriptorEncoder<'_>, (name, help, unit, kind, samples): &R
 fn sample(metric: &mut MetricEncoder<'_>, kind: MetricType, amount: u64) -> fmt::Result {
     match kind {
         MetricType::Counter => metric.encode_counter::<NoLabelSet, u64, u64>(&amount, None),
-        _ => metric.encode_gauge(&amount),
+        // The format has no larger numbers, and one that does not fit would take the whole page away.
+        _ => metric.encode_gauge(&i64::try_from(amount).unwrap_or(i64::MAX)),
     }
 }
 

@@ -180,7 +180,7 @@ impl<'a> Workers<'a> {
         let Mounting { mounted, shared, .. } = &self.mounting;
         let passed = [mounted.device.as_fd(), self.kept.listener.as_fd(), theirs.as_fd(), shared.as_fd()];
         let child = spawn_with(command, &passed).context("starting the worker")?;
-        info!(pid = child.id(), program = %version.program.path().display(), "worker started");
+        info!(pid = child.id(), file = %version.program.path().display(), "worker started");
         let line = Line::new(ours);
         let start = Start {
             protocol: PROTOCOL,
@@ -353,7 +353,7 @@ impl<'a> Workers<'a> {
                         }
                     }
                     Ok(Report::Refused(reason)) => return Ok(Err(Obstacle::Refused(reason))),
-                    Ok(other) => warn!(?other, "the worker says what it need not say now"),
+                    Ok(other) => warn!(found = ?other, "the worker says what it need not say now"),
                     Err(_) => break,
                 }
             }

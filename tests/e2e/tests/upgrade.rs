@@ -99,9 +99,11 @@ fn exchange(duration: Duration) {
         std::fs::write(busy.node.config(), &settings).unwrap();
 
         // One that fails when it is too late to refuse: back to what was.
-        let (before, worker) = (busy.done().unwrap(), busy.worker().unwrap());
+        let worker = busy.worker().unwrap();
         let said = upgrade(&busy, Some(&lies));
         assert!(!said.status.success() && text(&said).contains("went back"), "{}", text(&said));
+        // The answer comes before the old program serves again.
+        let before = busy.done().unwrap();
         busy.await_progress(&before).unwrap();
         let now = busy.worker().unwrap();
         assert!(now != worker && program_of(now) == other);
