@@ -21,8 +21,9 @@ build: toolchain ## build the release binaries: millstreamd, millstream-server, 
 PREFIX ?= /usr/local
 SHARE := $(DESTDIR)$(PREFIX)/share
 
-install: build ## install programs, manual and completions below PREFIX (/usr/local)
+install: build ## install programs, unit, manual and completions below PREFIX (/usr/local)
 	install -D -m 0755 -t $(DESTDIR)$(PREFIX)/bin target/release/millstreamd target/release/millstream-server target/release/millstream
+	install -D -m 0644 -t $(DESTDIR)$(PREFIX)/lib/systemd/system config/millstreamd.service
 	rm -rf target/man && mkdir -p target/man && target/release/millstream man target/man >/dev/null
 	install -D -m 0644 -t $(SHARE)/man/man1 target/man/*.1
 	install -D -m 0644 -t $(SHARE)/man/man8 target/man/*.8
@@ -76,7 +77,8 @@ big: toolchain ## an image of 5 GB; needs root, 25 GB of disk, some minutes
 # The long form of what `make test` does for some seconds each: deaths of the worker, disks that are cut off, every damage.
 soak: toolchain tools ## deaths, cut disks and damage, for most of an hour; needs root
 	cargo test --workspace --no-run --locked
-	tests/tools/test.sh --workspace --test takeover --test power_cut --test damage -- --ignored --nocapture
+	tests/tools/test.sh --workspace --test takeover --test upgrade --test power_cut --test damage -- --ignored --nocapture
+	MILLSTREAM_SCHEDULES=200000 cargo test --locked -p millstream-prefetch -p millstream-node --lib schedules
 
 demo: toolchain ## the main job on real input, with a table at the end; needs root
 	tests/tools/install.sh demo

@@ -15,7 +15,7 @@ awk '
     /^test result: / { passed += $4; failed += $6; ignored += $8 }
     /^(test .* )?skipped: / { skipped++ }
     END {
-        printf "\nignored: %d (make clients, make big)\n", ignored
+        printf "\nignored: %d (make clients, make big, make soak)\n", ignored
         printf "%d passed, %d failed, %d skipped\n", passed - skipped, failed, skipped
     }
 ' "$dir/log"
