@@ -1,24 +1,22 @@
 //! The lazy images of this node: one decision for each pull of an image, and what follows from it.
 
+mod shared;
+mod sources;
+
 use std::collections::{HashMap, HashSet};
-use std::path::PathBuf;
 use std::sync::mpsc::{SyncSender, sync_channel};
 use std::sync::{Arc, Mutex, PoisonError};
 use std::time::{Duration, Instant, SystemTime, UNIX_EPOCH};
 
-use anyhow::Context;
-use async_trait::async_trait;
 use millstream_chunkstore::{Layer, LayerState, Refusal, Store};
 use millstream_layerfs::{Contradiction, ViewLayer, contradiction};
-use millstream_oci::{ChainId, Digest, ManifestDigest};
-use millstream_prefetch::{FetchEvents, Fetcher};
-use millstream_snapshots::{
-    ImageDecision, LazyImages, PrepareOutcome, PrepareRequest, Reason, Usage, ViewFailure, outcome,
-};
-use millstream_source::{ErrorKind, SourceError, names};
+use millstream_oci::{Digest, ManifestDigest};
+use millstream_prefetch::Fetcher;
+use millstream_snapshots::{ImageDecision, PrepareOutcome, PrepareRequest, Reason, outcome};
+use millstream_source::{SourceError, names};
 use rustix::fs::StatVfsMountFlags;
 use tokio::sync::OnceCell;
-use tracing::{error, info, warn};
+use tracing::{info, warn};
 
 use crate::admission::{Admission, Turn};
 use crate::catalog::{Catalog, Decision, ImageRecord, LayerRecord};
@@ -30,6 +28,8 @@ use crate::metrics::NodeMetrics;
 use crate::origin::{Origin, Origins};
 use crate::server_client::ServedLayer;
 use crate::views::Views;
+
+pub use self::shared::{Reporter, SharedImages};
 
 /// How long after its last use one decision serves the following `Prepare`s of the same pull: unpacking one layer may lie
 /// between them. The right to read is proven again afterwards.
@@ -250,25 +250,6 @@ impl NodeImages {
         Ok((record, served.layers))
     }
 
-    /// Has the server describe an image again, and takes in the tables of those of its layers whose own are damaged. Gives what
-    /// it said.
-    ///
-    /// # Errors
-    /// Those of the server, of disk and database, and when a table is not that of the layer.
-    pub async fn bring_back(self: &Arc<Self>, repository: &str, origin: &Origin) -> anyhow::Result<ImageRecord> {
-        let (record, layers) = self.ask(origin).await?;
-        let wanted = |layer: &ServedLayer| self.store.is_damaged(&layer.digest);
-        let tocs = layers.into_iter().filter(wanted).filter_map(|layer| layer.bytes).collect();
-        // Those above the first that cannot be lazy are containerd's.
-        let lazy = record.layers.iter().take_while(|layer| layer.ineligible.is_none()).count();
-        self.take_tables(repository.to_owned(), record.clone(), lazy, tocs, origin)
-            .await?
-            .map_err(|mismatch| anyhow::anyhow!("{}", mismatch.message))?;
-        let images = Arc::clone(self);
-        tokio::task::spawn_blocking(move || images.views.restore()).await??;
-        Ok(record)
-    }
-
     /// Why a layer that is here already cannot be gone on with: windows and content of the server would not fit its table.
     fn other_table(&self, served: &ServedLayer) -> Option<String> {
         let layer = self.usable(&served.digest)?;
@@ -439,113 +420,6 @@ impl NodeImages {
     /// Tasks of the runtime that all work of this node is done on.
     pub(crate) fn tasks(&self) -> usize {
         self.runtime.metrics().num_alive_tasks()
-    }
-
-    /// Lets the fetcher go on with every layer that is not wholly local; the network is not needed for that. Blocks, and must
-    /// not be called on a thread of the runtime: a credential helper may take seconds.
-    ///
-    /// # Errors
-    /// Those of the database.
-    pub fn resume(&self) -> anyhow::Result<()> {
-        for (_, record) in self.catalog.images()? {
-            let origin = record
-                .image
-                .parse()
-                .map_err(anyhow::Error::from)
-                .and_then(|image| Ok(self.origins.of(&image, record.manifest)?));
-            let origin = match origin {
-                Ok(origin) => origin,
-                Err(error) => {
-                    warn!(
-                        { names::IMAGE } = record.image,
-                        error = format!("{error:#}"),
-                        "cannot go on fetching this image"
-                    );
-                    continue;
-                }
-            };
-            // As in `take_in`: no layer may be removed between the look at the store and the fetcher.
-            let _turn = self.admission.blocking_turn();
-            let sources = origin.sources();
-            for layer in record.layers.iter().filter_map(|layer| self.usable(&layer.digest)) {
-                if layer.state() == LayerState::Lazy {
-                    let digest = layer.digest();
-                    self.fetcher.attach(layer, sources.clone());
-                    self.fetcher.hydrate(&digest);
-                }
-            }
-        }
-        Ok(())
-    }
-
-    /// Sees to it that the fetcher has sources of a layer, also of one that was wholly local. Blocks, and must not be called on
-    /// a thread of the runtime: a credential helper may take seconds.
-    ///
-    /// # Errors
-    /// When no image is known that has the layer, or its credential cannot be had.
-    pub fn supply(&self, layer: &Arc<Layer>) -> Result<(), SourceError> {
-        let digest = layer.digest();
-        if self.fetcher.is_attached(&digest) {
-            return Ok(());
-        }
-        // One image that has it will do.
-        if let Some(origin) = self.origins_of(&digest)?.first() {
-            self.fetcher.attach(Arc::clone(layer), origin.sources());
-        }
-        Ok(())
-    }
-
-    /// Somebody is about to use these layers. What was given up of them comes back, as far as there is room.
-    fn note_use(&self, layers: &[Digest]) {
-        // The same for all: layers of one image do not make room for each other.
-        let now = SystemTime::now();
-        for layer in layers.iter().filter_map(|digest| self.store.layer(digest)) {
-            layer.note_use(now);
-            if layer.state() == LayerState::Lazy && self.fetcher.is_attached(&layer.digest()) {
-                self.fetcher.hydrate(&layer.digest());
-            }
-        }
-    }
-
-    /// Gives a layer to the fetcher anew, with the sources of all images that have it: it is to be fetched again.
-    ///
-    /// # Errors
-    /// Those of the database, and when no image has the layer or none has a credential that can be read.
-    pub async fn attach_anew(self: &Arc<Self>, digest: Digest) -> anyhow::Result<()> {
-        let images = Arc::clone(self);
-        let origins = tokio::task::spawn_blocking(move || images.origins_of(&digest)).await??;
-        let _turn = self.admission.turn().await;
-        let layer = self.usable(&digest).with_context(|| format!("layer {digest} was removed"))?;
-        self.fetcher.detach(&digest);
-        for origin in origins {
-            self.fetcher.attach(Arc::clone(&layer), origin.sources());
-        }
-        Ok(())
-    }
-
-    /// Where a layer comes from: one origin for each image that has it, at least one. Blocks.
-    fn origins_of(&self, digest: &Digest) -> Result<Vec<Origin>, SourceError> {
-        let local = |error: anyhow::Error| SourceError::new(ErrorKind::Local, format!("{error:#}"));
-        let mut failed = SourceError::new(ErrorKind::NotFound, format!("no image is known that has layer {digest}"));
-        let mut origins = Vec::new();
-        for (_, record) in self.catalog.images().map_err(local)? {
-            if record.layers.iter().any(|layer| layer.digest == *digest) {
-                let image = record.image.parse().map_err(|error: millstream_oci::ReferenceError| local(error.into()));
-                match image.and_then(|image| self.origins.of(&image, record.manifest)) {
-                    Ok(origin) => origins.push(origin),
-                    Err(error) => failed = error,
-                }
-            }
-        }
-        if origins.is_empty() { Err(failed) } else { Ok(origins) }
-    }
-
-    /// Lazy layers that the fetcher does not know: the credential of their image could not be read when they were taken up.
-    #[must_use]
-    pub fn without_source(&self) -> Vec<Digest> {
-        let layers = self.store.layers().into_iter().filter(|layer| layer.state() == LayerState::Lazy);
-        let digests = layers.map(|layer| layer.digest()).filter(|digest| !self.admission.is_dying(digest));
-        digests.filter(|digest| self.fetcher.progress(digest).is_none()).collect()
     }
 
     async fn decide_wanted(self: Arc<Self>, request: PrepareRequest) -> PrepareOutcome {
@@ -737,79 +611,5 @@ async fn bounded<T>(patience: Duration, work: impl Future<Output = Result<T, Sou
         Ok(Ok(value)) => outcome::Answer::Got(value),
         Ok(Err(error)) => outcome::Answer::Failed { kind: error.kind, message: error.message },
         Err(_) => outcome::Answer::TimedOut,
-    }
-}
-
-/// [`NodeImages`] behind a pointer that its own tasks can share.
-#[derive(Debug, Clone)]
-pub struct SharedImages(pub Arc<NodeImages>);
-
-#[async_trait]
-impl LazyImages for SharedImages {
-    async fn decide(&self, request: &PrepareRequest) -> PrepareOutcome {
-        // In a task of its own: what was begun is finished even if this caller stops waiting.
-        let task = tokio::spawn(Arc::clone(&self.0).decide_wanted(request.clone()));
-        task.await.unwrap_or_else(|error| failed(&anyhow::Error::from(error)))
-    }
-
-    fn answered(&self, request: &PrepareRequest, outcome: &PrepareOutcome) {
-        self.0.metrics.answered(outcome);
-        self.0.record_decision(request, outcome);
-    }
-
-    async fn view(&self, run: &[Digest], below: &[PathBuf]) -> Result<PathBuf, ViewFailure> {
-        self.0.note_use(run);
-        self.0.views.path(run, below).await.map_err(|error| {
-            let message = format!("{error:#}");
-            error!({ names::CODE } = "view.failed", error = message, "layers cannot be shown");
-            ViewFailure { code: "view.failed", message }
-        })
-    }
-
-    fn released(&self, layers: &[Digest]) {
-        self.0.admission.give_back(layers.iter().copied());
-        let this = Arc::clone(&self.0);
-        self.0.runtime.spawn(async move {
-            if let Err(error) = this.removed().await {
-                warn!(error = format!("{error:#}"), "layers are not removed now; the next start removes them");
-            }
-        });
-    }
-
-    fn committed(&self, target: ChainId) {
-        if let Some(embedded) = &self.0.origins.embedded {
-            embedded.indexer().committed(target);
-        }
-    }
-
-    fn usage(&self, layer: &Digest) -> Usage {
-        self.0.store.layer(layer).map_or_else(Usage::default, |layer| Usage {
-            bytes: layer.disk_size(),
-            inodes: u64::from(layer.toc().inode_count()),
-        })
-    }
-}
-
-/// Tells people what the fetcher found out.
-#[derive(Debug)]
-pub struct Reporter;
-
-impl FetchEvents for Reporter {
-    fn verified(&self, layer: &Digest) {
-        info!({ names::LAYER } = %layer, "layer is wholly local: diff ID and TOC are proven");
-    }
-
-    fn quarantined(&self, layer: &Digest, reason: &str) {
-        error!(
-            { names::CODE } = "layer.quarantined",
-            { names::LAYER } = %layer,
-            reason,
-            "LAYER QUARANTINED: what was served for it is not what its digest says; nothing more is served from it. \
-             hint: stop its containers, remove the image and pull it again"
-        );
-    }
-
-    fn failed(&self, layer: &Digest, error: &SourceError) {
-        warn!({ names::CODE } = error.kind.code(), { names::LAYER } = %layer, %error, "hydration failed; it will be tried again");
     }
 }
