@@ -132,7 +132,7 @@ fn a_lying_registry_is_neither_read_nor_believed_and_is_forgiven() {
     let warm = ContainerSpec { image: &image.reference, command, ..ContainerSpec::default() };
     cri.run(&pod, "warm", &warm, DEADLINE).unwrap();
 
-    stage.spoiler().unwrap().set(Spoiling::WrongByte);
+    stage.spoiler().unwrap().set(Spoiling::ForgedRange);
     let before = node.status().unwrap().transfer.unwrap().hydrate_bytes;
     node.set_hydration(true).unwrap();
     let command = &["/bin/sh", "-c", script];
