@@ -75,7 +75,7 @@ big: toolchain ## an image of 5 GB; needs root, 25 GB of disk, some minutes
 	tests/tools/test.sh --release --workspace --test big -- --ignored --nocapture
 
 # The long form of what `make test` does for some seconds each: deaths of the worker, disks that are cut off, every damage.
-soak: toolchain tools ## deaths, cut disks and damage, for most of an hour; needs root
+soak: toolchain tools ## deaths, cut disks and damage, at length; needs root
 	cargo test --workspace --no-run --locked
 	tests/tools/test.sh --workspace --test takeover --test upgrade --test power_cut --test damage -- --ignored --nocapture
 	MILLSTREAM_SCHEDULES=200000 cargo test --locked -p millstream-prefetch -p millstream-node --lib schedules
