@@ -10,7 +10,7 @@ use serde_json::Value;
 
 /// Rows of the drawing, from below; arrows point to a lower row.
 const ROWS: [(&str, &[&str]); 6] = [
-    ("pure", &["inflate", "oci", "toc"]),
+    ("pure", &["inflate", "oci", "toc", "profile"]),
     ("contract", &["source"]),
     ("world", &["sys", "registry", "chunkstore", "wire", "containerd", "settings", "metrics"]),
     ("mechanism", &["layerfs", "fuse", "prefetch", "snapshots"]),
@@ -19,9 +19,11 @@ const ROWS: [(&str, &[&str]); 6] = [
 ];
 
 /// The arrows within a row; the drawing shows each of them.
-const WITHIN_A_ROW: [(&str, &str); 6] = [
+const WITHIN_A_ROW: [(&str, &str); 8] = [
     ("toc", "inflate"),
     ("toc", "oci"),
+    ("profile", "oci"),
+    ("profile", "toc"),
     ("chunkstore", "sys"),
     ("containerd", "wire"),
     ("fuse", "layerfs"),
@@ -29,13 +31,14 @@ const WITHIN_A_ROW: [(&str, &str); 6] = [
 ];
 
 /// Every arrow between crates of this workspace, without what only their tests use.
-const ARROWS: [(&str, &[&str]); 19] = [
+const ARROWS: [(&str, &[&str]); 20] = [
     ("inflate", &[]),
     ("metrics", &[]),
     ("oci", &[]),
     ("settings", &[]),
     ("toc", &["inflate", "oci"]),
-    ("source", &["oci", "toc"]),
+    ("profile", &["oci", "toc"]),
+    ("source", &["oci", "profile", "toc"]),
     ("sys", &[]),
     ("registry", &["oci", "source", "toc"]),
     ("chunkstore", &["oci", "sys", "toc"]),
@@ -43,7 +46,7 @@ const ARROWS: [(&str, &[&str]); 19] = [
     ("containerd", &["oci", "wire"]),
     ("layerfs", &["toc"]),
     ("fuse", &["layerfs", "source", "sys", "toc"]),
-    ("prefetch", &["chunkstore", "oci", "source", "toc"]),
+    ("prefetch", &["chunkstore", "oci", "profile", "source", "toc"]),
     ("snapshots", &["oci", "source", "wire"]),
     (
         "node",
@@ -55,6 +58,7 @@ const ARROWS: [(&str, &[&str]); 19] = [
             "metrics",
             "oci",
             "prefetch",
+            "profile",
             "registry",
             "server",
             "settings",
@@ -65,7 +69,7 @@ const ARROWS: [(&str, &[&str]); 19] = [
             "wire",
         ],
     ),
-    ("server", &["metrics", "oci", "registry", "settings", "source", "toc", "wire"]),
+    ("server", &["metrics", "oci", "profile", "registry", "settings", "source", "toc", "wire"]),
     ("cli", &["containerd", "oci", "registry", "settings", "source", "toc", "wire"]),
     ("e2e", &["sys", "wire"]),
 ];

@@ -7,4 +7,7 @@ pub mod traits;
 
 pub use error::{ErrorKind, Retry, SourceError};
 pub use retry::{Jitter, RetryOptions, RetryingBlobSource};
-pub use traits::{BlobSource, ByteStream, ContentSource, Fetched, ImageSource, Priority, Skeleton, WindowSource};
+pub use traits::{
+    BlobSource, ByteStream, ContentSource, Fetched, ImageSource, Priority, ProfileSource, ServedProfile, Skeleton,
+    WindowSource,
+};

@@ -6,6 +6,7 @@ use async_trait::async_trait;
 use bytes::Bytes;
 use futures::stream::BoxStream;
 use millstream_oci::{Digest, ManifestDigest, TagOrDigest};
+use millstream_profile::{Profile, Recording};
 use millstream_toc::{BlobRange, DataRange};
 
 use crate::SourceError;
@@ -78,4 +79,26 @@ pub trait ContentSource: Send + Sync + std::fmt::Debug {
 
     /// The skeleton of the layer. Not verified. Fails with [`crate::ErrorKind::NotFound`] where the source keeps none.
     async fn skeleton(&self, layer: &Digest) -> Result<Skeleton, SourceError>;
+}
+
+/// What starts of one image read, and the pages on their way.
+pub struct ServedProfile {
+    /// The pages in order of first touch.
+    pub plan: Profile,
+    /// Recordings that it was made of; 0: it was carried over from another image.
+    pub recordings: u32,
+    /// The pages, as one zstd stream of proofs ([`millstream_profile::proof`]), one for each chunk that a run touches, run by run,
+    /// but for runs of layers that were named as local; `None` where the source has the plan only. Not verified.
+    pub packed: Option<ByteStream>,
+}
+
+/// Startup profiles of one image.
+#[async_trait]
+pub trait ProfileSource: Send + Sync + std::fmt::Debug {
+    /// What starts of the image read; with its pages, but for those of the layers `local`, if `pages`. Fails with
+    /// [`crate::ErrorKind::NotFound`] where nothing is known.
+    async fn profile(&self, pages: bool, local: &[Digest]) -> Result<ServedProfile, SourceError>;
+
+    /// Tells what one start of the image read.
+    async fn record(&self, recording: &Recording) -> Result<(), SourceError>;
 }

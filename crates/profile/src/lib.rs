@@ -1,0 +1,9 @@
+#![doc = include_str!("../README.md")]
+
+pub mod merge;
+pub mod proof;
+pub mod run;
+
+pub use merge::{Recording, merge};
+pub use proof::{Mask, ProofError};
+pub use run::{PAGE_SIZE, PageRun, Profile, ProfileError, ProfileLayer};
