@@ -16,12 +16,14 @@ use millstream_toc::read::Chunk;
 use millstream_toc::{CHUNK_SIZE, DataRange, Toc};
 use serde::{Deserialize, Serialize};
 
+use self::partial::Partial;
 use crate::durable::{self, Faults, Step};
 use crate::index::{Index, LayerRecord};
 use crate::presence::{self, Presence};
 use crate::{Space, StoreError};
 
 mod evict;
+mod partial;
 
 /// How far a layer can be trusted.
 #[derive(Debug, Clone, PartialEq, Eq, Serialize, Deserialize)]
@@ -81,6 +83,8 @@ pub struct Layer {
     data: File,
     data_path: PathBuf,
     presence: Presence,
+    /// What is here of chunks that are not present.
+    partial: Partial,
     /// Held by whoever looks at or changes presence and data together; [`evict`] says what for. True: content is being given
     /// up, and nothing is written.
     content: RwLock<bool>,
@@ -147,6 +151,7 @@ impl Layer {
             data,
             data_path,
             presence,
+            partial: Partial::default(),
             content: RwLock::new(false),
             bytes_present: AtomicU64::new(present),
             bytes_total: total,
@@ -220,7 +225,7 @@ impl Layer {
     }
 
     /// The chunks of `range` that must be written before it can be read, ascending. Chunks that lie wholly in a hole of a
-    /// sparse file are never missing.
+    /// sparse file are never missing, nor are those of which the pages in `range` are here.
     ///
     /// # Errors
     /// [`StoreError::Toc`] when the range leaves the layer, [`StoreError::Damaged`] when the TOC file was changed.
@@ -228,6 +233,7 @@ impl Layer {
         let mut chunks = self.toc.chunks_in(range)?;
         self.check_map()?;
         chunks.retain(|chunk| !self.presence.has(chunk.ix));
+        self.partial.retain_unreadable(&mut chunks, range);
         Ok(chunks)
     }
 
@@ -341,6 +347,8 @@ impl Layer {
                 new += chunk.data.len();
                 stored += stored_len(&chunk);
             }
+            // While `content` is held: nothing may count by its pages after it was given up.
+            self.partial.forget(ix);
         }
         self.bytes_present.fetch_add(new, Ordering::Relaxed);
         self.stored.fetch_add(stored, Ordering::Relaxed);
@@ -405,6 +413,7 @@ impl Layer {
     fn sync_data(&self, durable: &[u64]) -> Result<(), StoreError> {
         let result = self.faults.before(Step::SyncData, &self.data_path).and_then(|()| self.data.sync_data());
         if result.is_err() {
+            self.partial.clear();
             for chunk in self.presence.keep(durable).into_iter().filter_map(|ix| self.toc.chunk(ix).ok()) {
                 self.bytes_present.fetch_sub(chunk.data.len(), Ordering::Relaxed);
                 self.stored.fetch_sub(stored_len(&chunk), Ordering::Relaxed);

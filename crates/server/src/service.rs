@@ -194,6 +194,7 @@ impl Images for ImagesService {
     type GetSkeletonStream = Reply<v1::GetSkeletonResponse>;
     type ReadFileStream = Reply<v1::ReadFileResponse>;
     type ReadDataStream = Reply<v1::ReadFileResponse>;
+    type GetProfileStream = Reply<v1::GetProfileResponse>;
 
     async fn import(&self, request: Request<v1::ImportRequest>) -> Result<Response<Self::ImportStream>, Status> {
         let peer = peer(&request);
@@ -237,6 +238,17 @@ impl Images for ImagesService {
             { names::LAYER } = %shown(&request.layer),
         );
         self.answer(Method::GetSkeleton, span, Inner::get_skeleton(Arc::clone(&self.inner), peer, request)).await
+    }
+
+    async fn get_profile(&self, _: Request<v1::GetProfileRequest>) -> Result<Response<Self::GetProfileStream>, Status> {
+        Err(Status::unimplemented("this server keeps no profiles"))
+    }
+
+    async fn put_recording(
+        &self,
+        _: Request<v1::PutRecordingRequest>,
+    ) -> Result<Response<v1::PutRecordingResponse>, Status> {
+        Err(Status::unimplemented("this server keeps no profiles"))
     }
 
     async fn read_file(&self, request: Request<v1::ReadFileRequest>) -> Result<Response<Self::ReadFileStream>, Status> {

@@ -185,6 +185,7 @@ impl Images for Proxy {
     type GetSkeletonStream = Messages<wire::GetSkeletonResponse>;
     type ReadFileStream = Messages<wire::ReadFileResponse>;
     type ReadDataStream = Messages<wire::ReadFileResponse>;
+    type GetProfileStream = Messages<wire::GetProfileResponse>;
 
     async fn import(&self, request: Request<wire::ImportRequest>) -> Result<Response<Self::ImportStream>, Status> {
         Ok(passed(self.0.client.clone().import(request.into_inner()).await?.into_inner()))
@@ -265,6 +266,22 @@ impl Images for Proxy {
     ) -> Result<Response<Self::GetSkeletonStream>, Status> {
         self.0.heard()?;
         Ok(passed(self.0.client.clone().get_skeleton(request.into_inner()).await?.into_inner()))
+    }
+
+    async fn get_profile(
+        &self,
+        request: Request<wire::GetProfileRequest>,
+    ) -> Result<Response<Self::GetProfileStream>, Status> {
+        self.0.heard()?;
+        Ok(passed(self.0.client.clone().get_profile(request.into_inner()).await?.into_inner()))
+    }
+
+    async fn put_recording(
+        &self,
+        request: Request<wire::PutRecordingRequest>,
+    ) -> Result<Response<wire::PutRecordingResponse>, Status> {
+        self.0.heard()?;
+        self.0.client.clone().put_recording(request.into_inner()).await
     }
 
     async fn read_file(

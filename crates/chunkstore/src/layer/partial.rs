@@ -1,0 +1,183 @@
+//! Chunks of which some pages are here.
+//!
+//! They came ahead of a reader, each proven by itself. Known in memory only: after a restart such a chunk is missing, and so it is
+//! for all who want the whole of it (hydration, other layers, the presence file). The bytes lie at their place in the data
+//! file, which nobody touches while the chunk is not present: an eviction makes holes only where chunks are.
+
+use std::collections::HashMap;
+use std::sync::atomic::{AtomicUsize, Ordering};
+use std::sync::{Mutex, MutexGuard, PoisonError};
+
+use millstream_toc::DataRange;
+use millstream_toc::format::{CHUNK_SIZE, ChunkIx, DATA_ALIGN};
+use millstream_toc::read::Chunk;
+
+use super::{Layer, StoreError};
+use crate::durable::Step;
+
+/// Pages of a chunk, the lowest bit for the first one.
+type Pages = u8;
+
+const _: () = assert!(CHUNK_SIZE / DATA_ALIGN <= Pages::BITS as u64);
+
+/// Which pages are here of chunks that are not whole.
+#[derive(Debug, Default)]
+pub(super) struct Partial {
+    pages: Mutex<HashMap<ChunkIx, Pages>>,
+    /// Entries, so that who reads what is whole takes no lock.
+    count: AtomicUsize,
+}
+
+impl Partial {
+    fn lock(&self) -> MutexGuard<'_, HashMap<ChunkIx, Pages>> {
+        self.pages.lock().unwrap_or_else(PoisonError::into_inner)
+    }
+
+    /// Takes those chunks out that can be read as far as `range` goes.
+    pub(super) fn retain_unreadable(&self, chunks: &mut Vec<Chunk>, range: DataRange) {
+        if chunks.is_empty() || self.count.load(Ordering::Acquire) == 0 {
+            return;
+        }
+        let pages = self.lock();
+        chunks.retain(|chunk| {
+            let wanted = chunk.data.intersect(&range).map_or(0, |part| pages_of(chunk, part.start, part.end));
+            pages.get(&chunk.ix).is_none_or(|have| have & wanted != wanted)
+        });
+    }
+
+    /// The chunk is whole now, or nothing of it counts any more.
+    pub(super) fn forget(&self, chunk: ChunkIx) {
+        if self.count.load(Ordering::Acquire) > 0 {
+            let mut pages = self.lock();
+            pages.remove(&chunk);
+            self.count.store(pages.len(), Ordering::Release);
+        }
+    }
+
+    pub(super) fn clear(&self) {
+        let mut pages = self.lock();
+        pages.clear();
+        self.count.store(0, Ordering::Release);
+    }
+
+    /// Adds pages; whether the chunk is whole with them.
+    fn add(&self, chunk: &Chunk, new: Pages) -> bool {
+        let mut pages = self.lock();
+        let have = pages.entry(chunk.ix).or_default();
+        *have |= new;
+        let whole = *have == pages_of(chunk, chunk.data.start, chunk.data.end);
+        self.count.store(pages.len(), Ordering::Release);
+        whole
+    }
+}
+
+/// The pages that hold bytes `start..end`, which lie within the chunk.
+fn pages_of(chunk: &Chunk, start: u64, end: u64) -> Pages {
+    let bit = |at: u64| u32::try_from(at.saturating_sub(chunk.data.start)).unwrap_or(u32::MAX);
+    let (first, end) = (bit(start) / PAGE, bit(end).div_ceil(PAGE));
+    let below = |page: u32| if page >= Pages::BITS { Pages::MAX } else { (1 << page) - 1 };
+    below(end) & !below(first)
+}
+
+/// [`DATA_ALIGN`].
+const PAGE: u32 = 4096;
+const _: () = assert!(PAGE as u64 == DATA_ALIGN);
+
+impl Layer {
+    /// Puts whole pages of a chunk in their place; the caller has proven them. Each is given with its offset in the chunk, a
+    /// multiple of [`DATA_ALIGN`], and is as long as that or reaches the end of the chunk. With the last of them the chunk is
+    /// present. Nothing happens when it is already, when the layer was removed, or while content is being given up.
+    ///
+    /// # Errors
+    /// [`StoreError::NoSpace`] when the disk is full, [`StoreError::OutOfRange`] when it is no chunk of this layer or these are
+    /// no pages of it, [`StoreError::Quarantined`].
+    pub fn write_pages(&self, chunk: Chunk, pages: &[(u64, &[u8])]) -> Result<(), StoreError> {
+        self.check_trusted()?;
+        let fits = self.toc().chunk(chunk.ix)?.data == chunk.data
+            && pages.iter().all(|(start, bytes)| is_pages(&chunk, *start, bytes.len() as u64));
+        if !fits {
+            return Err(StoreError::OutOfRange { range: chunk.data });
+        }
+        if self.is_removed() || self.has(chunk.ix) {
+            return Ok(());
+        }
+        let content = self.content.read().unwrap_or_else(PoisonError::into_inner);
+        if *content {
+            return Ok(());
+        }
+        let needed: u64 = pages.iter().map(|(_, bytes)| (bytes.len() as u64).next_multiple_of(DATA_ALIGN)).sum();
+        if needed > self.space.free() {
+            return Err(StoreError::NoSpace { action: "store pages in", path: self.data_path.clone() });
+        }
+        let mut new = 0;
+        for (start, bytes) in pages {
+            let at = chunk.data.start + start;
+            self.faults
+                .before(Step::WriteData, &self.data_path)
+                .and_then(|()| std::os::unix::fs::FileExt::write_all_at(&self.data, bytes, at))
+                .map_err(|e| StoreError::io("write", &self.data_path, e))?;
+            new |= pages_of(&chunk, at, at + bytes.len() as u64);
+        }
+        self.check_map()?;
+        if self.partial.add(&chunk, new) {
+            // Every page was proven by the chunk's own digest.
+            self.put_with(chunk.ix..chunk.ix + 1, |_| Ok(()), false)?;
+        }
+        Ok(())
+    }
+
+    fn is_removed(&self) -> bool {
+        self.removed.load(Ordering::Acquire)
+    }
+}
+
+fn is_pages(chunk: &Chunk, start: u64, len: u64) -> bool {
+    let end = start.checked_add(len);
+    len > 0
+        && start.is_multiple_of(DATA_ALIGN)
+        && end.is_some_and(|end| end == chunk.data.len() || (end < chunk.data.len() && end.is_multiple_of(DATA_ALIGN)))
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    fn chunk(len: u64) -> Chunk {
+        Chunk { ix: 3, data: DataRange::with_len(8192, len) }
+    }
+
+    #[test]
+    fn pages_are_counted_from_the_beginning_of_the_chunk() {
+        let full = chunk(CHUNK_SIZE);
+        assert_eq!(pages_of(&full, 8192, 8193), 0b1);
+        assert_eq!(pages_of(&full, 8192 + 4095, 8192 + 4097), 0b11);
+        assert_eq!(pages_of(&full, full.data.start, full.data.end), Pages::MAX);
+        let short = chunk(5000);
+        assert_eq!(pages_of(&short, short.data.start, short.data.end), 0b11);
+    }
+
+    #[test]
+    fn only_whole_pages_are_pages() {
+        let short = chunk(5000);
+        assert!(is_pages(&short, 4096, 904) && is_pages(&short, 0, 4096) && is_pages(&short, 0, 5000));
+        assert!(!is_pages(&short, 4096, 903) && !is_pages(&short, 1, 4096) && !is_pages(&short, 0, 8192));
+        assert!(!is_pages(&short, 0, 0));
+    }
+
+    #[test]
+    fn a_chunk_is_readable_as_far_as_its_pages_go() {
+        let partial = Partial::default();
+        let full = chunk(CHUNK_SIZE);
+        assert!(!partial.add(&full, 0b110));
+        let missing = |start, end| {
+            let mut chunks = vec![full];
+            partial.retain_unreadable(&mut chunks, DataRange::new(full.data.start + start, full.data.start + end));
+            !chunks.is_empty()
+        };
+        assert!(!missing(4096, 12288) && !missing(5000, 5001));
+        assert!(missing(4095, 5000) && missing(4096, 12289) && missing(0, CHUNK_SIZE));
+        assert!(partial.add(&full, 0b1111_1001));
+        partial.forget(full.ix);
+        assert!(missing(4096, 12288));
+    }
+}
