@@ -11,6 +11,7 @@ use crate::around::{Fetched, RecentReads};
 use crate::flight::Flight;
 use crate::hydrate::Status;
 use crate::landing::Flights;
+use crate::replay::Replay;
 use crate::share::Sharing;
 
 /// Where the layers of one image come from.
@@ -53,6 +54,7 @@ pub(crate) struct Attached {
     flights: Flights<Flight>,
     recent: Mutex<RecentReads>,
     fetched: Mutex<Fetched>,
+    replays: Mutex<Vec<Arc<Replay>>>,
 }
 
 impl Attached {
@@ -67,6 +69,7 @@ impl Attached {
             flights: Flights::default(),
             recent: Mutex::default(),
             fetched: Mutex::default(),
+            replays: Mutex::default(),
         }
     }
 
@@ -102,6 +105,11 @@ impl Attached {
 
     pub(crate) fn fetched(&self) -> MutexGuard<'_, Fetched> {
         self.fetched.lock().unwrap_or_else(PoisonError::into_inner)
+    }
+
+    /// Replays under way that bring pages of it; as many as may run at once.
+    pub(crate) fn replays(&self) -> MutexGuard<'_, Vec<Arc<Replay>>> {
+        self.replays.lock().unwrap_or_else(PoisonError::into_inner)
     }
 
     pub(crate) fn recent(&self) -> MutexGuard<'_, RecentReads> {

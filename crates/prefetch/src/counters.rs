@@ -17,6 +17,8 @@ pub struct Counters {
     pub hydrate_bytes: u64,
     /// Bytes of windows received.
     pub window_bytes: u64,
+    /// Compressed bytes of startup profiles received: pages ahead of readers.
+    pub profile_bytes: u64,
     /// Bytes of plain content received.
     pub content_bytes: u64,
     /// Bytes of plain content taken over from other layers of the store.
@@ -36,12 +38,15 @@ pub struct Queues {
     pub requests: [usize; 3],
     /// Layers to be hydrated whose turn has not come.
     pub layers: usize,
+    /// Startup profiles whose pages are on their way.
+    pub replays: usize,
 }
 
 #[derive(Debug, Default)]
 pub(crate) struct Tally {
     received: [AtomicU64; 3],
     windows: AtomicU64,
+    profile: AtomicU64,
     content: AtomicU64,
     shared: AtomicU64,
     requests: AtomicU64,
@@ -56,6 +61,10 @@ impl Tally {
 
     pub(crate) fn window(&self, bytes: usize) {
         self.windows.fetch_add(bytes as u64, Ordering::Relaxed);
+    }
+
+    pub(crate) fn profile(&self, bytes: usize) {
+        self.profile.fetch_add(bytes as u64, Ordering::Relaxed);
     }
 
     pub(crate) fn content(&self, bytes: usize) {
@@ -90,6 +99,7 @@ impl Tally {
             prefetch_bytes: load(prefetch),
             hydrate_bytes: load(hydrate),
             window_bytes: load(&self.windows),
+            profile_bytes: load(&self.profile),
             content_bytes: load(&self.content),
             shared_bytes: load(&self.shared),
             requests: load(&self.requests),

@@ -39,6 +39,9 @@ impl Shared {
         if missing(&attached.layer, range)?.is_empty() {
             return Ok(());
         }
+        if priority == Priority::Demand {
+            self.await_replay(attached, range).await?;
+        }
         self.share_range(attached, range).await;
         for round in 0..ROUNDS {
             let missing = missing(&attached.layer, range)?;

@@ -1,15 +1,17 @@
 //! The front door: layers come and go, readers ask for ranges.
 
 use std::collections::{BTreeMap, HashMap};
+use std::sync::atomic::{AtomicUsize, Ordering};
 use std::sync::{Arc, PoisonError, RwLock};
 
 use bytes::Bytes;
 use millstream_chunkstore::{Layer, Refusal, Store};
 use millstream_oci::Digest;
-use millstream_source::{ErrorKind, Priority, SourceError, names};
+use millstream_source::{ErrorKind, Priority, ProfileSource, SourceError, names};
 use millstream_toc::DataRange;
 use millstream_toc::read::Chunk;
 use tokio::runtime::Handle;
+use tokio::sync::Semaphore;
 
 use crate::attached::{Attached, ImageSources};
 use crate::counters::{Counters, Queues, Tally};
@@ -22,6 +24,7 @@ use crate::gate::{Gate, Urgency};
 use crate::hydrate::{Hydration, Progress};
 use crate::options::FetchOptions;
 use crate::queue::Limits;
+use crate::replay;
 use crate::share::Turns;
 use crate::windows::Windows;
 
@@ -47,6 +50,9 @@ pub(crate) struct Shared {
     pub(crate) windows: Windows,
     pub(crate) edges: Arc<Edges>,
     pub(crate) turns: Turns,
+    pub(crate) replays: Semaphore,
+    /// Streams of pages under way.
+    pub(crate) replaying: AtomicUsize,
     pub(crate) events: Arc<dyn FetchEvents>,
     pub(crate) runtime: Handle,
 }
@@ -89,6 +95,8 @@ impl Fetcher {
             windows: Windows::new(options.window_cache, options.window_batch),
             edges: Arc::new(Edges::new(options.edge_cache)),
             turns: Turns::default(),
+            replays: Semaphore::new(options.replays.max(1)),
+            replaying: AtomicUsize::new(0),
             events,
             runtime,
             options,
@@ -204,6 +212,21 @@ impl Fetcher {
         Ok(Bytes::from(memory.take()))
     }
 
+    /// Brings what starts of an image read, ahead of its readers and before all hydration. `image` names it in the log, `layers`
+    /// are all of its layers; those that are not attached, or wholly local, are left out. Returns at once.
+    pub fn replay(&self, image: String, layers: &[Digest], source: Arc<dyn ProfileSource>) {
+        let layers: Vec<_> = layers.iter().map(|digest| (*digest, self.attached(digest).ok())).collect();
+        let shared = self.shared.clone();
+        self.shared.runtime.spawn(async move {
+            let Ok(_turn) = shared.replays.acquire().await else { return };
+            // Whoever gave the layers up in the meantime wants nothing of them.
+            if layers.iter().all(|(_, known)| known.as_ref().is_none_or(|attached| attached.cancel.is_cancelled())) {
+                return;
+            }
+            replay::report(&image, shared.replay(&layers, &*source).await);
+        });
+    }
+
     /// Whether sources of the layer are known.
     pub fn is_attached(&self, layer: &Digest) -> bool {
         self.attached(layer).is_ok()
@@ -243,7 +266,11 @@ impl Fetcher {
 
     /// What waits now.
     pub fn queues(&self) -> Queues {
-        Queues { requests: self.shared.gate.waiting(), layers: self.hydration.waiting() }
+        Queues {
+            requests: self.shared.gate.waiting(),
+            layers: self.hydration.waiting(),
+            replays: self.shared.replaying.load(Ordering::Relaxed),
+        }
     }
 
     /// How far a layer is; `None` when it is not attached.

@@ -69,6 +69,16 @@ impl Drop for Permit<'_> {
     }
 }
 
+/// Something that comes by itself and that readers are about to need; over when it is dropped.
+#[derive(Debug)]
+pub(crate) struct Foreground<'g>(&'g Gate);
+
+impl Drop for Foreground<'_> {
+    fn drop(&mut self) {
+        self.0.change(Scheduler::end_foreground);
+    }
+}
+
 impl Gate {
     /// Must be called within a tokio runtime.
     pub(crate) fn new(limits: Limits) -> Self {
@@ -150,6 +160,12 @@ impl Gate {
         // The sender lives as long as `self`, so this ends by the change or by the time.
         let _ = timeout(bound, demand.wait_for(|active| !active)).await;
         bound.saturating_sub(begin.elapsed())
+    }
+
+    /// Hydration makes way until the guard is dropped.
+    pub(crate) fn foreground(&self) -> Foreground<'_> {
+        self.change(Scheduler::begin_foreground);
+        Foreground(self)
     }
 
     pub(crate) fn running(&self) -> usize {

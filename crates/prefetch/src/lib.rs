@@ -21,6 +21,7 @@ mod part;
 pub mod plan;
 pub mod queue;
 mod rebuild;
+mod replay;
 #[cfg(test)]
 mod schedules;
 mod share;

@@ -83,6 +83,11 @@ pub struct FetchOptions {
     pub window_cache: usize,
     /// Bytes of half chunks that are kept until the other half comes.
     pub edge_cache: usize,
+    /// A reader waits for a page that a replay will bring if that comes within this time, and for no longer while the replay
+    /// stands still.
+    pub replay_patience: Duration,
+    /// Replays at once; others wait for their turn.
+    pub replays: usize,
     /// Whether content that other layers of the store hold is taken over instead of being fetched.
     pub share: bool,
     /// How long a reader waits until it is known what other layers hold.
@@ -129,6 +134,8 @@ impl Default for FetchOptions {
             window_batch: 4,
             window_cache: 8 * 1024 * 1024,
             edge_cache: 4 * 1024 * 1024,
+            replay_patience: Duration::from_millis(500),
+            replays: 4,
             share: true,
             share_patience: Duration::from_millis(200),
             hydrations: 1,

@@ -32,6 +32,8 @@ pub struct Scheduler {
     next: u64,
     waiting: [VecDeque<Ticket>; 3],
     running: HashMap<Ticket, Priority>,
+    /// Streams outside of the slots that readers are about to need.
+    foreground: usize,
     last_hydrate: Duration,
     /// Demand may have come to its end since the last look at the clock.
     demand_seen: bool,
@@ -58,6 +60,7 @@ impl Scheduler {
             next: 0,
             waiting: Default::default(),
             running: HashMap::new(),
+            foreground: 0,
             last_hydrate: Duration::ZERO,
             demand_seen: false,
             settled: Duration::ZERO,
@@ -150,10 +153,21 @@ impl Scheduler {
             && self.count(Priority::Hydrate) == 0
     }
 
-    /// Whether a reader's request waits or runs.
+    /// Whether a reader's request waits or runs, or what readers are about to need comes by itself.
     #[must_use]
     pub fn demand_active(&self) -> bool {
-        self.demand_waits() || self.count(Priority::Demand) > 0
+        self.demand_waits() || self.count(Priority::Demand) > 0 || self.foreground > 0
+    }
+
+    /// One more stream that needs no slot, and that hydration makes way for as for readers.
+    pub fn begin_foreground(&mut self) {
+        self.foreground += 1;
+    }
+
+    /// One of them has ended.
+    pub fn end_foreground(&mut self) {
+        self.demand_seen |= self.demand_active();
+        self.foreground = self.foreground.saturating_sub(1);
     }
 
     fn demand_waits(&self) -> bool {

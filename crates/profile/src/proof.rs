@@ -7,20 +7,14 @@
 //! A chunk of which all is wanted is its bytes and nothing else.
 
 use blake3::hazmat::{ChainingValue, HasherExt, Mode, left_subtree_len, merge_subtrees_non_root, merge_subtrees_root};
-use millstream_toc::CHUNK_SIZE;
 use millstream_toc::format::SHORT_DIGEST;
+pub use millstream_toc::read::PageMask as Mask;
 
 use crate::run::PAGE_SIZE;
-
-/// Pages of a chunk, the lowest bit for the first one.
-pub type Mask = u8;
 
 /// Bytes of a chaining value.
 const CV: usize = 32;
 const PAGE: usize = PAGE_SIZE as usize;
-
-/// Every page of the largest chunk has its bit.
-const _: () = assert!(CHUNK_SIZE / PAGE_SIZE <= Mask::BITS as u64);
 
 /// Why bytes do not prove pages.
 #[derive(Debug, Clone, Copy, PartialEq, Eq, thiserror::Error)]
@@ -94,7 +88,7 @@ pub fn proof_len(len: u64, wanted: Mask) -> usize {
     of(Subtree::of_chunk(usize::try_from(len).unwrap_or(0), wanted))
 }
 
-/// The proof of the pages `wanted` of the chunk that is `bytes`, at most [`CHUNK_SIZE`] of them, appended to `out`. At least one
+/// The proof of the pages `wanted` of the chunk that is `bytes`, at most [`CHUNK_SIZE`](millstream_toc::CHUNK_SIZE) of them, appended to `out`. At least one
 /// page must be wanted.
 pub fn prove(bytes: &[u8], wanted: Mask, out: &mut Vec<u8>) {
     fn value(tree: Subtree, bytes: &[u8]) -> ChainingValue {
@@ -179,6 +173,7 @@ fn take<'p>(
 #[cfg(test)]
 mod tests {
     use super::*;
+    use millstream_toc::CHUNK_SIZE;
     use proptest::prelude::*;
 
     fn digest(bytes: &[u8]) -> [u8; SHORT_DIGEST] {

@@ -20,7 +20,7 @@ use crate::format::{
     InodeIx, InodeRecord, Kind, MAGIC, NONE, SHORT_DIGEST, SpanRecord, VERSION, XattrRecord, XattrSetRecord,
 };
 
-pub use data::{Chunk, Span, SpanStart};
+pub use data::{Chunk, PageMask, Span, SpanStart};
 
 /// Longest name of a directory entry or of an extended attribute, in bytes.
 pub const MAX_NAME: usize = 255;

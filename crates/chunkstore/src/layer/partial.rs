@@ -9,27 +9,22 @@ use std::sync::atomic::{AtomicUsize, Ordering};
 use std::sync::{Mutex, MutexGuard, PoisonError};
 
 use millstream_toc::DataRange;
-use millstream_toc::format::{CHUNK_SIZE, ChunkIx, DATA_ALIGN};
-use millstream_toc::read::Chunk;
+use millstream_toc::format::{ChunkIx, DATA_ALIGN};
+use millstream_toc::read::{Chunk, PageMask};
 
 use super::{Layer, StoreError};
 use crate::durable::Step;
 
-/// Pages of a chunk, the lowest bit for the first one.
-type Pages = u8;
-
-const _: () = assert!(CHUNK_SIZE / DATA_ALIGN <= Pages::BITS as u64);
-
 /// Which pages are here of chunks that are not whole.
 #[derive(Debug, Default)]
 pub(super) struct Partial {
-    pages: Mutex<HashMap<ChunkIx, Pages>>,
+    pages: Mutex<HashMap<ChunkIx, PageMask>>,
     /// Entries, so that who reads what is whole takes no lock.
     count: AtomicUsize,
 }
 
 impl Partial {
-    fn lock(&self) -> MutexGuard<'_, HashMap<ChunkIx, Pages>> {
+    fn lock(&self) -> MutexGuard<'_, HashMap<ChunkIx, PageMask>> {
         self.pages.lock().unwrap_or_else(PoisonError::into_inner)
     }
 
@@ -40,7 +35,7 @@ impl Partial {
         }
         let pages = self.lock();
         chunks.retain(|chunk| {
-            let wanted = chunk.data.intersect(&range).map_or(0, |part| pages_of(chunk, part.start, part.end));
+            let wanted = chunk.pages(range);
             pages.get(&chunk.ix).is_none_or(|have| have & wanted != wanted)
         });
     }
@@ -61,27 +56,15 @@ impl Partial {
     }
 
     /// Adds pages; whether the chunk is whole with them.
-    fn add(&self, chunk: &Chunk, new: Pages) -> bool {
+    fn add(&self, chunk: &Chunk, new: PageMask) -> bool {
         let mut pages = self.lock();
         let have = pages.entry(chunk.ix).or_default();
         *have |= new;
-        let whole = *have == pages_of(chunk, chunk.data.start, chunk.data.end);
+        let whole = *have == chunk.pages(chunk.data);
         self.count.store(pages.len(), Ordering::Release);
         whole
     }
 }
-
-/// The pages that hold bytes `start..end`, which lie within the chunk.
-fn pages_of(chunk: &Chunk, start: u64, end: u64) -> Pages {
-    let bit = |at: u64| u32::try_from(at.saturating_sub(chunk.data.start)).unwrap_or(u32::MAX);
-    let (first, end) = (bit(start) / PAGE, bit(end).div_ceil(PAGE));
-    let below = |page: u32| if page >= Pages::BITS { Pages::MAX } else { (1 << page) - 1 };
-    below(end) & !below(first)
-}
-
-/// [`DATA_ALIGN`].
-const PAGE: u32 = 4096;
-const _: () = assert!(PAGE as u64 == DATA_ALIGN);
 
 impl Layer {
     /// Puts whole pages of a chunk in their place; the caller has proven them. Each is given with its offset in the chunk, a
@@ -116,7 +99,7 @@ impl Layer {
                 .before(Step::WriteData, &self.data_path)
                 .and_then(|()| std::os::unix::fs::FileExt::write_all_at(&self.data, bytes, at))
                 .map_err(|e| StoreError::io("write", &self.data_path, e))?;
-            new |= pages_of(&chunk, at, at + bytes.len() as u64);
+            new |= chunk.pages(DataRange::with_len(at, bytes.len() as u64));
         }
         self.check_map()?;
         if self.partial.add(&chunk, new) {
@@ -141,19 +124,10 @@ fn is_pages(chunk: &Chunk, start: u64, len: u64) -> bool {
 #[cfg(test)]
 mod tests {
     use super::*;
+    use millstream_toc::CHUNK_SIZE;
 
     fn chunk(len: u64) -> Chunk {
         Chunk { ix: 3, data: DataRange::with_len(8192, len) }
-    }
-
-    #[test]
-    fn pages_are_counted_from_the_beginning_of_the_chunk() {
-        let full = chunk(CHUNK_SIZE);
-        assert_eq!(pages_of(&full, 8192, 8193), 0b1);
-        assert_eq!(pages_of(&full, 8192 + 4095, 8192 + 4097), 0b11);
-        assert_eq!(pages_of(&full, full.data.start, full.data.end), Pages::MAX);
-        let short = chunk(5000);
-        assert_eq!(pages_of(&short, short.data.start, short.data.end), 0b11);
     }
 
     #[test]

@@ -20,6 +20,23 @@ pub struct Chunk {
     pub data: DataRange,
 }
 
+/// Pages ([`DATA_ALIGN`] bytes) of a chunk, the lowest bit for the first one.
+pub type PageMask = u8;
+
+/// Every page of the largest chunk has its bit.
+const _: () = assert!(CHUNK_SIZE / DATA_ALIGN <= PageMask::BITS as u64);
+
+impl Chunk {
+    /// Its pages that hold bytes of `range`.
+    #[must_use]
+    pub fn pages(&self, range: DataRange) -> PageMask {
+        let Some(part) = self.data.intersect(&range).filter(|part| !part.is_empty()) else { return 0 };
+        let below = |page: u64| if page >= u64::from(PageMask::BITS) { PageMask::MAX } else { (1 << page) - 1 };
+        let first = (part.start - self.data.start) / DATA_ALIGN;
+        below((part.end - self.data.start).div_ceil(DATA_ALIGN)) & !below(first)
+    }
+}
+
 /// How decompression starts at a span.
 #[derive(Debug, Clone, Copy, PartialEq, Eq, Hash)]
 pub enum SpanStart {
