@@ -12,13 +12,15 @@ use anyhow::{Context, bail};
 use async_trait::async_trait;
 use bytes::Bytes;
 use millstream_oci::{DiffId, Digest, ManifestDigest};
+use millstream_profile::{Profile, ProfileLayer, Recording};
 use millstream_registry::Credential;
 use millstream_server::ImagesService;
 use millstream_settings::node::ServerSettings;
-use millstream_source::{ContentSource, ErrorKind, Skeleton, SourceError, WindowSource};
+use millstream_source::{ContentSource, ErrorKind, ProfileSource, ServedProfile, Skeleton, SourceError, WindowSource};
 use millstream_toc::DataRange;
 use millstream_wire::millstream::v1 as wire;
 use millstream_wire::millstream::v1::get_image_response::Part;
+use millstream_wire::millstream::v1::get_profile_response::Part as ProfilePart;
 use millstream_wire::millstream::v1::images_client::ImagesClient;
 use millstream_wire::millstream::v1::images_server::ImagesServer;
 use tokio_stream::StreamExt;
@@ -349,6 +351,65 @@ impl ContentSource for ServerSource {
         }
         Ok(data.into())
     }
+}
+
+#[async_trait]
+impl ProfileSource for ServerSource {
+    async fn profile(&self, pages: bool, local: &[Digest]) -> Result<ServedProfile, SourceError> {
+        let request = wire::GetProfileRequest {
+            scope: Some(self.scope.to_wire()),
+            pages,
+            local_layers: local.iter().map(ToString::to_string).collect(),
+        };
+        let refused = |status: Status| match status.code() {
+            // A server from before there were any.
+            Code::Unimplemented => SourceError::new(ErrorKind::NotFound, "server: it has no startup profiles"),
+            _ => failed("asking for the startup profile", &status),
+        };
+        let asked = async {
+            let mut stream = self.server.client.clone().get_profile(request).await.map_err(refused)?.into_inner();
+            let head = stream.message().await.map_err(refused)?;
+            Ok((head.and_then(|message| message.part), stream))
+        };
+        let (Some(ProfilePart::Plan(plan)), stream) = bounded("the startup profile", asked).await? else {
+            return Err(malformed("a startup profile without a plan"));
+        };
+        let layers = plan.layers.iter().map(profile_layer).collect::<Result<_, _>>()?;
+        let recordings = plan.recordings;
+        let packed = plan.pages.then(|| {
+            let pieces = stream.map(|message| {
+                let part = message.map_err(|status| failed("receiving a startup profile", &status))?.part;
+                match part {
+                    Some(ProfilePart::Packed(piece)) => Ok(Bytes::from(piece)),
+                    Some(ProfilePart::Plan(_)) | None => Err(malformed("a startup profile with something else in it")),
+                }
+            });
+            Box::pin(pieces) as millstream_source::ByteStream
+        });
+        let plan = Profile::from_numbers(layers, &plan.runs).map_err(|error| malformed(&error.to_string()))?;
+        Ok(ServedProfile { plan, recordings, packed })
+    }
+
+    async fn record(&self, recording: &Recording) -> Result<(), SourceError> {
+        let layers = recording.read.layers.iter().zip(&recording.fresh).map(|(layer, fresh)| wire::RecordedLayer {
+            layer: Some(wire::ProfileLayer { digest: layer.digest.to_string(), toc_digest: layer.toc.to_string() }),
+            fresh: *fresh,
+        });
+        let request = wire::PutRecordingRequest {
+            scope: Some(self.scope.to_wire()),
+            layers: layers.collect(),
+            runs: recording.read.numbers(),
+        };
+        let told = async {
+            let answer = self.server.client.clone().put_recording(request).await;
+            answer.map(drop).map_err(|status| failed("telling what a start read", &status))
+        };
+        bounded("a recording", told).await
+    }
+}
+
+fn profile_layer(layer: &wire::ProfileLayer) -> Result<ProfileLayer, SourceError> {
+    Ok(ProfileLayer { digest: parse(&layer.digest)?, toc: parse(&layer.toc_digest)? })
 }
 
 async fn bounded<T>(what: &str, work: impl Future<Output = Result<T, SourceError>>) -> Result<T, SourceError> {

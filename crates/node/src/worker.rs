@@ -177,6 +177,7 @@ async fn work(settings: &Settings, inherited: Inheritance) -> anyhow::Result<()>
         server: server.clone(),
         embedded: embedded.clone(),
         docker_config,
+        profiles: settings.fetch.profiles,
         metrics: metrics.clone(),
     };
 

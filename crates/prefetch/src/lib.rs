@@ -34,3 +34,4 @@ pub use counters::{Counters, Queues};
 pub use fetcher::{FetchEvents, Fetcher};
 pub use hydrate::{HydrationState, Progress};
 pub use options::{FetchOptions, Jitter, RandomJitter};
+pub use replay::AskedProfile;
