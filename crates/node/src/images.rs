@@ -329,6 +329,7 @@ impl NodeImages {
             layer.note_use(now);
             if layer.state() == LayerState::Lazy {
                 let digest = layer.digest();
+                self.views.readahead().narrow();
                 self.fetcher.attach(layer, sources.clone());
                 self.fetcher.hydrate(&digest);
             }

@@ -235,6 +235,7 @@ async fn work(settings: &Settings, inherited: Inheritance) -> anyhow::Result<()>
         }
     });
     tokio::spawn(MountKeeper::work(mountpoint(settings)));
+    tokio::spawn(images.views.readahead().clone().follow(Arc::clone(&store)));
     if let Some(server) = server {
         server.warm_up();
     }
