@@ -40,6 +40,11 @@ const MAX_WINDOW: usize = 32 * 1024;
 /// How long one request for windows or content may take; the reader behind it has a deadline of its own.
 const REQUEST_TIMEOUT: Duration = Duration::from_secs(30);
 
+/// A connection is given this long, however short readers' patience is: a first packet that is lost is sent again after a second.
+const SHORTEST_CONNECT: Duration = Duration::from_secs(2);
+/// The server is asked for a sign of life no sooner than this, and given no less to answer: it may be busy.
+const SHORTEST_SILENCE: Duration = Duration::from_secs(2);
+
 /// What the server says of an image.
 #[derive(Debug, Clone)]
 pub struct ServedImage {
@@ -83,18 +88,20 @@ impl fmt::Debug for Server {
 }
 
 impl Server {
-    /// `None` where no server is configured.
+    /// `None` where no server is configured. A connection whose other end gives no sign of life is given up after `idle_timeout`
+    /// (after some seconds where that is shorter), also one that nobody uses, and made again when it is wanted.
     ///
     /// # Errors
     /// When a certificate cannot be read or the address makes no sense. That the server is down is no error.
-    pub fn new(settings: &ServerSettings) -> anyhow::Result<Option<Self>> {
+    pub fn new(settings: &ServerSettings, idle_timeout: Duration) -> anyhow::Result<Option<Self>> {
         if settings.address.is_empty() {
             return Ok(None);
         }
         let mut endpoint = Endpoint::from_shared(settings.address.clone())
             .with_context(|| format!("server.address {:?}", settings.address))?
-            .connect_timeout(Duration::from_secs(5))
-            .http2_keep_alive_interval(Duration::from_secs(20))
+            .connect_timeout((idle_timeout / 4).max(SHORTEST_CONNECT))
+            .http2_keep_alive_interval((idle_timeout / 2).max(SHORTEST_SILENCE))
+            .keep_alive_timeout((idle_timeout / 2).max(SHORTEST_SILENCE))
             .keep_alive_while_idle(true)
             .initial_stream_window_size(Some(8 * 1024 * 1024))
             .initial_connection_window_size(Some(16 * 1024 * 1024));

@@ -140,7 +140,7 @@ async fn work(settings: &Settings, inherited: Inheritance) -> anyhow::Result<()>
         idle_timeout,
         ..RegistryOptions::default()
     })?;
-    let remote = Server::new(&settings.server)?;
+    let remote = Server::new(&settings.server, idle_timeout)?;
     let line = inherited.line;
     line.report(&Report::Ready(env!("CARGO_PKG_VERSION").into())).context("reporting to the supervisor")?;
     tokio::task::spawn_blocking({

@@ -60,12 +60,33 @@ impl Urgency {
 pub(crate) struct Permit<'g> {
     gate: &'g Gate,
     ticket: Ticket,
+    served: bool,
+}
+
+impl Permit<'_> {
+    /// Gives the slot back after what was wanted has come.
+    pub(crate) fn served(mut self) {
+        self.served = true;
+    }
+
+    /// What `work` gives, which is what the source sends next. If that takes longer than `patience`, others need not wait for
+    /// this request meanwhile.
+    pub(crate) async fn hear<T>(&self, patience: Duration, work: impl Future<Output = T>) -> T {
+        let mut work = std::pin::pin!(work);
+        if let Ok(heard) = timeout(patience, &mut work).await {
+            return heard;
+        }
+        self.gate.change(|scheduler| scheduler.set_silent(self.ticket, true));
+        let heard = work.await;
+        self.gate.change(|scheduler| scheduler.set_silent(self.ticket, false));
+        heard
+    }
 }
 
 impl Drop for Permit<'_> {
     fn drop(&mut self) {
         self.gate.state().wakers.remove(&self.ticket);
-        self.gate.change(|scheduler| scheduler.finish(self.ticket));
+        self.gate.change(|scheduler| scheduler.finish(self.ticket, self.served));
     }
 }
 
@@ -120,7 +141,7 @@ impl Gate {
             state.wakers.insert(ticket, waker);
             ticket
         };
-        let permit = Permit { gate: self, ticket };
+        let permit = Permit { gate: self, ticket, served: false };
         self.change(|_| ());
         Some((permit, granted))
     }
@@ -150,7 +171,7 @@ impl Gate {
         }
     }
 
-    /// Waits until no reader's request waits or runs, but no longer than `bound`; gives the time that is left of it.
+    /// Waits until no reader's request waits, or runs with something coming of it, but no longer than `bound`; gives the time that is left of it.
     pub(crate) async fn yield_to_demand(&self, bound: Duration) -> Duration {
         if bound.is_zero() || !*self.demand.borrow() {
             return bound;

@@ -1,6 +1,6 @@
 //! Who may send the next request. No I/O, no clock: time is what the caller says it is.
 
-use std::collections::{HashMap, VecDeque};
+use std::collections::{HashMap, HashSet, VecDeque};
 use std::time::Duration;
 
 use millstream_source::Priority;
@@ -12,8 +12,8 @@ pub struct Limits {
     pub slots: usize,
     /// How many of them may be [`Priority::Hydrate`].
     pub hydrate_slots: usize,
-    /// No hydration request starts until this long after the last demand: what is under way, the next reader must wait
-    /// behind, and a program that starts reads one thing after the other.
+    /// No hydration request starts until this long after the last demand that was served: what is under way, the next reader
+    /// must wait behind, and a program that starts reads one thing after the other.
     pub settle: Duration,
     /// Requests that may wait, in the order of [`Priority`].
     pub waiting: [usize; 3],
@@ -32,11 +32,13 @@ pub struct Scheduler {
     next: u64,
     waiting: [VecDeque<Ticket>; 3],
     running: HashMap<Ticket, Priority>,
+    /// Those that run of which nothing comes: they hold their slots and nobody else up.
+    silent: HashSet<Ticket>,
     /// Streams outside of the slots that readers are about to need.
     foreground: usize,
     last_hydrate: Duration,
-    /// Demand may have come to its end since the last look at the clock.
-    demand_seen: bool,
+    /// A reader was served since the last look at the clock.
+    demand_served: bool,
     /// When the last demand will have settled.
     settled: Duration,
 }
@@ -60,9 +62,10 @@ impl Scheduler {
             next: 0,
             waiting: Default::default(),
             running: HashMap::new(),
+            silent: HashSet::new(),
             foreground: 0,
             last_hydrate: Duration::ZERO,
-            demand_seen: false,
+            demand_served: false,
             settled: Duration::ZERO,
         }
     }
@@ -95,10 +98,23 @@ impl Scheduler {
         }
     }
 
-    /// Forgets a request, whether it waited or ran.
-    pub fn finish(&mut self, ticket: Ticket) {
-        self.demand_seen |= self.demand_active();
-        if self.running.remove(&ticket).is_none() {
+    /// Notes that nothing comes of a request that runs (`true`), or that something comes again. A reader's request that waits
+    /// for a dead source does not use the line, so it holds no hydration up.
+    pub fn set_silent(&mut self, ticket: Ticket, silent: bool) {
+        if silent && self.running.contains_key(&ticket) {
+            self.silent.insert(ticket);
+        } else {
+            self.silent.remove(&ticket);
+        }
+    }
+
+    /// Forgets a request, whether it waited or ran, and notes whether it brought what was wanted. A reader who got nothing
+    /// reads on nowhere: that it failed is no reason to wait for what he wants next.
+    pub fn finish(&mut self, ticket: Ticket, served: bool) {
+        self.silent.remove(&ticket);
+        let ended = self.running.remove(&ticket);
+        self.demand_served |= served && ended == Some(Priority::Demand);
+        if ended.is_none() {
             for queue in &mut self.waiting {
                 queue.retain(|waiting| *waiting != ticket);
             }
@@ -107,7 +123,7 @@ impl Scheduler {
 
     /// The next request that may run at time `now`, which then runs. Call until it gives `None`.
     pub fn grant(&mut self, now: Duration) -> Option<Ticket> {
-        if std::mem::take(&mut self.demand_seen) || self.demand_active() {
+        if std::mem::take(&mut self.demand_served) {
             self.settled = now.saturating_add(self.limits.settle);
         }
         let free = self.limits.slots.saturating_sub(self.running.len());
@@ -153,10 +169,13 @@ impl Scheduler {
             && self.count(Priority::Hydrate) == 0
     }
 
-    /// Whether a reader's request waits or runs, or what readers are about to need comes by itself.
+    /// Whether a reader's request waits for a slot, or runs and something comes of it, or what readers are about to need comes by
+    /// itself.
     #[must_use]
     pub fn demand_active(&self) -> bool {
-        self.demand_waits() || self.count(Priority::Demand) > 0 || self.foreground > 0
+        let comes =
+            |(ticket, priority): (&Ticket, &Priority)| *priority == Priority::Demand && !self.silent.contains(ticket);
+        self.demand_waits() || self.foreground > 0 || self.running.iter().any(comes)
     }
 
     /// One more stream that needs no slot, and that hydration makes way for as for readers.
@@ -164,9 +183,9 @@ impl Scheduler {
         self.foreground += 1;
     }
 
-    /// One of them has ended.
+    /// One of them has ended: what it brought is about to be read.
     pub fn end_foreground(&mut self) {
-        self.demand_seen |= self.demand_active();
+        self.demand_served = true;
         self.foreground = self.foreground.saturating_sub(1);
     }
 
@@ -175,7 +194,7 @@ impl Scheduler {
     }
 
     /// When after `now` to call [`Scheduler::grant`] even though nothing changed: a hydration that waits for demand becomes
-    /// overdue, or demand has settled. While demand is active, that moves with every call.
+    /// overdue, or demand has settled.
     #[must_use]
     pub fn next_due(&self, now: Duration) -> Option<Duration> {
         if self.waiting[class(Priority::Hydrate)].is_empty() {
@@ -239,7 +258,7 @@ mod tests {
         let mut s = scheduler(4);
         let first = s.submit(Hydrate).unwrap();
         assert_eq!(drain(&mut s, 10 * SECOND), [first]);
-        s.finish(first);
+        s.finish(first, true);
         let demand = s.submit(Demand).unwrap();
         let second = s.submit(Hydrate).unwrap();
         assert_eq!(drain(&mut s, 10 * SECOND), [demand]);
@@ -255,8 +274,8 @@ mod tests {
         let first = s.submit(Hydrate).unwrap();
         assert_eq!(drain(&mut s, 10 * SECOND), [first], "overdue");
         let (second, third) = (s.submit(Hydrate).unwrap(), s.submit(Hydrate).unwrap());
-        s.finish(demand);
-        s.finish(first);
+        s.finish(demand, true);
+        s.finish(first, true);
         let settled = 10 * SECOND + SECOND / 4;
         assert_eq!(drain(&mut s, 10 * SECOND), []);
         assert_eq!(s.next_due(10 * SECOND), Some(settled));
@@ -266,13 +285,42 @@ mod tests {
     }
 
     #[test]
+    fn a_reader_who_gets_nothing_holds_nothing_up() {
+        let mut s = scheduler(4);
+        let now = 10 * SECOND;
+        // One whose source says nothing, for as long as it says nothing.
+        let demand = s.submit(Demand).unwrap();
+        assert_eq!(drain(&mut s, now), [demand]);
+        let overdue = s.submit(Hydrate).unwrap();
+        assert_eq!(drain(&mut s, now), [overdue]);
+        let second = s.submit(Hydrate).unwrap();
+        assert_eq!(drain(&mut s, now), []);
+        s.set_silent(demand, true);
+        assert!(!s.demand_active());
+        assert_eq!(drain(&mut s, now), [second]);
+        s.finish(second, true);
+        s.set_silent(demand, false);
+        let third = s.submit(Hydrate).unwrap();
+        assert_eq!(drain(&mut s, now), []);
+        // One who fails, and who is there again at once.
+        s.finish(demand, false);
+        assert_eq!(drain(&mut s, now), [third], "nothing has to settle");
+        s.finish(third, true);
+        let again = s.submit(Demand).unwrap();
+        assert_eq!(drain(&mut s, now), [again]);
+        let fourth = s.submit(Hydrate).unwrap();
+        s.finish(again, false);
+        assert_eq!(drain(&mut s, now), [fourth]);
+    }
+
+    #[test]
     fn hydration_is_not_starved_by_a_full_house() {
         let mut s = scheduler(2);
         s.submit(Hydrate).unwrap();
         let mut running: VecDeque<_> = (0..2).map(|_| s.submit(Demand).unwrap()).collect();
         assert_eq!(running, drain(&mut s, Duration::ZERO));
         s.submit(Demand).unwrap();
-        s.finish(running.pop_front().unwrap());
+        s.finish(running.pop_front().unwrap(), true);
         assert!(s.grant(SECOND).is_some());
         assert_eq!(s.count(Hydrate), 1);
     }
@@ -296,11 +344,11 @@ mod tests {
         s.raise(waiting, Demand);
         assert_eq!(drain(&mut s, Duration::ZERO), [waiting]);
         s.raise(running, Demand);
-        s.finish(waiting);
+        s.finish(waiting, true);
         assert!(s.demand_active());
         s.raise(running, Hydrate);
         assert!(s.demand_active());
-        s.finish(running);
+        s.finish(running, true);
         assert!(!s.demand_active());
     }
 
@@ -316,7 +364,7 @@ mod tests {
                     3 if !live.is_empty() => {
                         let ticket = live.swap_remove(pick.index(live.len()));
                         running.retain(|other| *other != ticket);
-                        s.finish(ticket);
+                        s.finish(ticket, true);
                     }
                     _ => now += SECOND / 4,
                 }
@@ -331,7 +379,7 @@ mod tests {
                 now += SECOND;
                 running.extend(drain(&mut s, now));
                 let Some(ticket) = running.pop() else { break };
-                s.finish(ticket);
+                s.finish(ticket, true);
             }
             prop_assert!(s.waiting.iter().all(VecDeque::is_empty));
         }
