@@ -195,7 +195,7 @@ impl Fetcher {
         let (there, missing) = there.await.map_err(|e| SourceError::new(ErrorKind::Local, e.to_string()))??;
         let memory = Arc::new(MemorySink::new(range, there, &missing));
         let sink: Arc<dyn ChunkSink> = memory.clone();
-        let urgency = Urgency::new(Priority::Demand);
+        let urgency = Urgency::new(Priority::Demand, attached.layer.number());
         let toc = attached.layer.toc();
         let groups = self.shared.unstored_groups(toc, &missing).map_err(toc_failed)?;
         let all = async {

@@ -28,15 +28,20 @@ struct State {
 
 /// The urgency of one piece of work, which may grow while it waits or runs.
 #[derive(Debug)]
-pub(crate) struct Urgency(Mutex<(Priority, Option<Ticket>)>);
+pub(crate) struct Urgency {
+    /// Number of the layer that it is for.
+    layer: u32,
+    state: Mutex<(Priority, Option<Ticket>)>,
+}
 
 impl Urgency {
-    pub(crate) fn new(priority: Priority) -> Self {
-        Self(Mutex::new((priority, None)))
+    /// Of work for the layer of this number.
+    pub(crate) fn new(priority: Priority, layer: u32) -> Self {
+        Self { layer, state: Mutex::new((priority, None)) }
     }
 
     fn lock(&self) -> MutexGuard<'_, (Priority, Option<Ticket>)> {
-        self.0.lock().unwrap_or_else(PoisonError::into_inner)
+        self.state.lock().unwrap_or_else(PoisonError::into_inner)
     }
 
     pub(crate) fn priority(&self) -> Priority {
@@ -133,11 +138,11 @@ impl Gate {
         value
     }
 
-    fn enqueue(&self, priority: Priority) -> Option<(Permit<'_>, oneshot::Receiver<()>)> {
+    fn enqueue(&self, priority: Priority, layer: u32) -> Option<(Permit<'_>, oneshot::Receiver<()>)> {
         let (waker, granted) = oneshot::channel();
         let ticket = {
             let mut state = self.state();
-            let ticket = state.scheduler.submit(priority)?;
+            let ticket = state.scheduler.submit(priority, layer)?;
             state.wakers.insert(ticket, waker);
             ticket
         };
@@ -152,8 +157,9 @@ impl Gate {
     /// [`ErrorKind::Local`] when too many wait already.
     pub(crate) async fn acquire(&self, urgency: &Urgency) -> Result<Permit<'_>, SourceError> {
         let (permit, mut granted) = {
+            let layer = urgency.layer;
             let mut urgency = urgency.lock();
-            let Some((permit, granted)) = self.enqueue(urgency.0) else {
+            let Some((permit, granted)) = self.enqueue(urgency.0, layer) else {
                 return Err(SourceError::new(ErrorKind::Local, "too many fetches are waiting"));
             };
             urgency.1 = Some(permit.ticket);

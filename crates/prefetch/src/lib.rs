@@ -14,6 +14,7 @@ mod flight;
 mod gate;
 mod hydrate;
 mod landing;
+mod lanes;
 mod lru;
 mod options;
 mod pace;

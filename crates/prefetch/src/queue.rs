@@ -1,9 +1,11 @@
 //! Who may send the next request. No I/O, no clock: time is what the caller says it is.
 
-use std::collections::{HashMap, HashSet, VecDeque};
+use std::collections::{HashMap, HashSet};
 use std::time::Duration;
 
 use millstream_source::Priority;
+
+use crate::lanes::Lanes;
 
 /// Bounds of a [`Scheduler`].
 #[derive(Debug, Clone, Copy)]
@@ -23,14 +25,25 @@ pub struct Limits {
 
 /// A request that waits or runs.
 #[derive(Debug, Clone, Copy, PartialEq, Eq, Hash, PartialOrd, Ord)]
-pub struct Ticket(u64);
+pub struct Ticket {
+    number: u64,
+    layer: u32,
+}
 
-/// A bounded queue for each priority over a bounded number of slots.
+impl Ticket {
+    /// Number of the layer that it is for.
+    pub(crate) const fn layer(self) -> u32 {
+        self.layer
+    }
+}
+
+/// A bounded queue for each priority over a bounded number of slots. Within a priority layers have their turns, so that one that
+/// asks for much does not keep another one waiting.
 #[derive(Debug)]
 pub struct Scheduler {
     limits: Limits,
     next: u64,
-    waiting: [VecDeque<Ticket>; 3],
+    waiting: [Lanes; 3],
     running: HashMap<Ticket, Priority>,
     /// Those that run of which nothing comes: they hold their slots and nobody else up.
     silent: HashSet<Ticket>,
@@ -70,15 +83,15 @@ impl Scheduler {
         }
     }
 
-    /// Queues a request; `None` when the queue of its priority is full.
-    pub fn submit(&mut self, priority: Priority) -> Option<Ticket> {
+    /// Queues a request for the layer of this number; `None` when the queue of its priority is full.
+    pub fn submit(&mut self, priority: Priority, layer: u32) -> Option<Ticket> {
         let queue = &mut self.waiting[class(priority)];
         if queue.len() >= self.limits.waiting[class(priority)] {
             return None;
         }
-        let ticket = Ticket(self.next);
+        let ticket = Ticket { number: self.next, layer };
         self.next += 1;
-        queue.push_back(ticket);
+        queue.push(ticket);
         Some(ticket)
     }
 
@@ -90,9 +103,8 @@ impl Scheduler {
             return;
         }
         for lower in class(priority) + 1..self.waiting.len() {
-            if let Some(at) = self.waiting[lower].iter().position(|waiting| *waiting == ticket) {
-                self.waiting[lower].remove(at);
-                self.waiting[class(priority)].push_back(ticket);
+            if self.waiting[lower].remove(ticket) {
+                self.waiting[class(priority)].push(ticket);
                 return;
             }
         }
@@ -116,7 +128,7 @@ impl Scheduler {
         self.demand_served |= served && ended == Some(Priority::Demand);
         if ended.is_none() {
             for queue in &mut self.waiting {
-                queue.retain(|waiting| *waiting != ticket);
+                queue.remove(ticket);
             }
         }
     }
@@ -149,12 +161,12 @@ impl Scheduler {
             if self.count(Priority::Hydrate) >= self.limits.hydrate_slots {
                 return None;
             }
-            let ticket = self.waiting[class(priority)].pop_front()?;
+            let ticket = self.waiting[class(priority)].pop()?;
             self.last_hydrate = now;
             self.running.insert(ticket, priority);
             return Some(ticket);
         }
-        let ticket = self.waiting[class(priority)].pop_front()?;
+        let ticket = self.waiting[class(priority)].pop()?;
         self.running.insert(ticket, priority);
         Some(ticket)
     }
@@ -207,7 +219,7 @@ impl Scheduler {
     /// Number of requests that wait, in the order of [`Priority`].
     #[must_use]
     pub fn waiting(&self) -> [usize; 3] {
-        self.waiting.each_ref().map(VecDeque::len)
+        self.waiting.each_ref().map(Lanes::len)
     }
 
     /// Number of requests that run.
@@ -219,6 +231,8 @@ impl Scheduler {
 
 #[cfg(test)]
 mod tests {
+    use std::collections::VecDeque;
+
     use super::*;
     use Priority::{Demand, Hydrate, Prefetch};
     use proptest::prelude::*;
@@ -237,7 +251,7 @@ mod tests {
     fn the_urgent_overtake_and_equals_keep_their_order() {
         let mut s = scheduler(8);
         let tickets: Vec<_> =
-            [Hydrate, Prefetch, Demand, Prefetch, Demand].into_iter().map(|p| s.submit(p).unwrap()).collect();
+            [Hydrate, Prefetch, Demand, Prefetch, Demand].into_iter().map(|p| s.submit(p, 0).unwrap()).collect();
         let granted = drain(&mut s, Duration::ZERO);
         assert_eq!(granted, [2, 4, 1, 3].map(|i: usize| tickets[i]));
     }
@@ -246,21 +260,21 @@ mod tests {
     fn one_slot_is_kept_for_demand() {
         let mut s = scheduler(3);
         for _ in 0..3 {
-            s.submit(Prefetch).unwrap();
+            s.submit(Prefetch, 0).unwrap();
         }
         assert_eq!(drain(&mut s, Duration::ZERO).len(), 2);
-        let demand = s.submit(Demand).unwrap();
+        let demand = s.submit(Demand, 0).unwrap();
         assert_eq!(drain(&mut s, Duration::ZERO), [demand]);
     }
 
     #[test]
     fn hydration_waits_for_demand_but_not_forever() {
         let mut s = scheduler(4);
-        let first = s.submit(Hydrate).unwrap();
+        let first = s.submit(Hydrate, 0).unwrap();
         assert_eq!(drain(&mut s, 10 * SECOND), [first]);
         s.finish(first, true);
-        let demand = s.submit(Demand).unwrap();
-        let second = s.submit(Hydrate).unwrap();
+        let demand = s.submit(Demand, 0).unwrap();
+        let second = s.submit(Hydrate, 0).unwrap();
         assert_eq!(drain(&mut s, 10 * SECOND), [demand]);
         assert_eq!(s.next_due(10 * SECOND + SECOND / 2), Some(11 * SECOND));
         assert_eq!(drain(&mut s, 11 * SECOND), [second]);
@@ -269,11 +283,11 @@ mod tests {
     #[test]
     fn hydration_waits_until_demand_has_settled() {
         let mut s = scheduler(4);
-        let demand = s.submit(Demand).unwrap();
+        let demand = s.submit(Demand, 0).unwrap();
         assert_eq!(drain(&mut s, 10 * SECOND), [demand]);
-        let first = s.submit(Hydrate).unwrap();
+        let first = s.submit(Hydrate, 0).unwrap();
         assert_eq!(drain(&mut s, 10 * SECOND), [first], "overdue");
-        let (second, third) = (s.submit(Hydrate).unwrap(), s.submit(Hydrate).unwrap());
+        let (second, third) = (s.submit(Hydrate, 0).unwrap(), s.submit(Hydrate, 0).unwrap());
         s.finish(demand, true);
         s.finish(first, true);
         let settled = 10 * SECOND + SECOND / 4;
@@ -289,26 +303,26 @@ mod tests {
         let mut s = scheduler(4);
         let now = 10 * SECOND;
         // One whose source says nothing, for as long as it says nothing.
-        let demand = s.submit(Demand).unwrap();
+        let demand = s.submit(Demand, 0).unwrap();
         assert_eq!(drain(&mut s, now), [demand]);
-        let overdue = s.submit(Hydrate).unwrap();
+        let overdue = s.submit(Hydrate, 0).unwrap();
         assert_eq!(drain(&mut s, now), [overdue]);
-        let second = s.submit(Hydrate).unwrap();
+        let second = s.submit(Hydrate, 0).unwrap();
         assert_eq!(drain(&mut s, now), []);
         s.set_silent(demand, true);
         assert!(!s.demand_active());
         assert_eq!(drain(&mut s, now), [second]);
         s.finish(second, true);
         s.set_silent(demand, false);
-        let third = s.submit(Hydrate).unwrap();
+        let third = s.submit(Hydrate, 0).unwrap();
         assert_eq!(drain(&mut s, now), []);
         // One who fails, and who is there again at once.
         s.finish(demand, false);
         assert_eq!(drain(&mut s, now), [third], "nothing has to settle");
         s.finish(third, true);
-        let again = s.submit(Demand).unwrap();
+        let again = s.submit(Demand, 0).unwrap();
         assert_eq!(drain(&mut s, now), [again]);
-        let fourth = s.submit(Hydrate).unwrap();
+        let fourth = s.submit(Hydrate, 0).unwrap();
         s.finish(again, false);
         assert_eq!(drain(&mut s, now), [fourth]);
     }
@@ -316,30 +330,42 @@ mod tests {
     #[test]
     fn hydration_is_not_starved_by_a_full_house() {
         let mut s = scheduler(2);
-        s.submit(Hydrate).unwrap();
-        let mut running: VecDeque<_> = (0..2).map(|_| s.submit(Demand).unwrap()).collect();
+        s.submit(Hydrate, 0).unwrap();
+        let mut running: VecDeque<_> = (0..2).map(|_| s.submit(Demand, 0).unwrap()).collect();
         assert_eq!(running, drain(&mut s, Duration::ZERO));
-        s.submit(Demand).unwrap();
+        s.submit(Demand, 0).unwrap();
         s.finish(running.pop_front().unwrap(), true);
         assert!(s.grant(SECOND).is_some());
         assert_eq!(s.count(Hydrate), 1);
     }
 
     #[test]
+    fn layers_have_their_turns() {
+        let mut s = scheduler(8);
+        let many: Vec<_> = (0..5).map(|_| s.submit(Demand, 1).unwrap()).collect();
+        let few: Vec<_> = (0..2).map(|_| s.submit(Demand, 2).unwrap()).collect();
+        let late = s.submit(Hydrate, 3).unwrap();
+        s.raise(late, Demand);
+        s.finish(many[1], false);
+        let order = [many[0], few[0], late, many[2], few[1], many[3], many[4]];
+        assert_eq!(drain(&mut s, Duration::ZERO), order);
+    }
+
+    #[test]
     fn a_full_queue_refuses() {
         let mut s = scheduler(2);
         for _ in 0..3 {
-            s.submit(Prefetch).unwrap();
+            s.submit(Prefetch, 0).unwrap();
         }
-        assert!(s.submit(Prefetch).is_none());
-        assert!(s.submit(Demand).is_some());
+        assert!(s.submit(Prefetch, 0).is_none());
+        assert!(s.submit(Demand, 0).is_some());
     }
 
     #[test]
     fn raising_moves_a_waiting_request_and_marks_a_running_one() {
         let mut s = scheduler(2);
-        let running = s.submit(Prefetch).unwrap();
-        let waiting = s.submit(Prefetch).unwrap();
+        let running = s.submit(Prefetch, 0).unwrap();
+        let waiting = s.submit(Prefetch, 0).unwrap();
         assert_eq!(drain(&mut s, Duration::ZERO), [running]);
         s.raise(waiting, Demand);
         assert_eq!(drain(&mut s, Duration::ZERO), [waiting]);
@@ -360,7 +386,7 @@ mod tests {
             let mut now = Duration::ZERO;
             for (operation, pick) in operations {
                 match operation {
-                    0..3 => live.extend(s.submit([Demand, Prefetch, Hydrate][operation as usize])),
+                    0..3 => live.extend(s.submit([Demand, Prefetch, Hydrate][operation as usize], u32::from(operation))),
                     3 if !live.is_empty() => {
                         let ticket = live.swap_remove(pick.index(live.len()));
                         running.retain(|other| *other != ticket);
@@ -381,7 +407,7 @@ mod tests {
                 let Some(ticket) = running.pop() else { break };
                 s.finish(ticket, true);
             }
-            prop_assert!(s.waiting.iter().all(VecDeque::is_empty));
+            prop_assert!(s.waiting.iter().all(Lanes::is_empty));
         }
     }
 }
