@@ -8,6 +8,7 @@
 #
 # `install.sh compiler` installs only what Rust needs to link programs and to build its C libraries.
 # `install.sh demo` installs what the demo needs instead, which is no Go and no containerd 2.x.
+# `install.sh bench` installs what the bench needs: all of the above but the suite, and into target/tools/bench its peer and its tool.
 # `install.sh clients` installs in addition the other containerds of tests/e2e/tests/clients.rs (`make clients`).
 set -eu
 
@@ -113,11 +114,41 @@ build_conformance() {
     touch "$program"
 }
 
+# Peers of the bench and its own tool, from tests/bench/peers; go.mod there pins the releases.
+build_bench() {
+    source=$root/tests/bench/peers
+    bin=$tools/bench
+    programs='containerd-stargz-grpc:stargz millstream-bench-tool:tool'
+    missing=no
+    for pair in $programs; do
+        program=$bin/${pair%%:*}
+        { [ -x "$program" ] && [ -z "$(find "$source" -type f -newer "$program")" ]; } || missing=yes
+    done
+    [ $missing = yes ] || return 0
+    go=$(find_go) || return 1
+    mkdir -p "$bin"
+    for pair in $programs; do
+        program=$bin/${pair%%:*}
+        say "building ${pair%%:*}"
+        rm -f "$program"
+        (cd "$source" && CGO_ENABLED=0 GOTOOLCHAIN=local "$go" build -mod=readonly -trimpath -ldflags '-s -w' \
+            -o "$program" "./${pair##*:}") || return 1
+        touch "$program"
+    done
+}
+
 [ "$(id -u)" = 0 ] || { say 'must run as root'; exit 1; }
 if [ "${1:-}" = compiler ]; then
     PACKAGES='gcc libc6-dev'
     install_packages
     exit
+fi
+if [ "${1:-}" = bench ]; then
+    # igzip is what containerd 2.x inflates fastest with.
+    PACKAGES="$PACKAGES isal openssl util-linux"
+    # The same program may come from elsewhere, in a package that this one conflicts with.
+    command -v npm >/dev/null || PACKAGES="$PACKAGES npm"
+    python3 -m pip --version >/dev/null 2>&1 || PACKAGES="$PACKAGES python3-pip"
 fi
 install_packages
 case "${1:-}" in
@@ -129,5 +160,9 @@ esac
 for version in $releases; do
     install_containerd "$version" || say "no containerd $version: its tests will be skipped"
 done
-[ "${1:-}" = demo ] || build_conformance || say "no suite for snapshotters: its tests will be skipped"
+case "${1:-}" in
+demo) ;;
+bench) build_bench || say "no peers: they will be left out of the bench" ;;
+*) build_conformance || say "no suite for snapshotters: its tests will be skipped" ;;
+esac
 say 'done'

@@ -184,6 +184,21 @@ impl Image {
     }
 }
 
+/// Digest of the manifest that a layout has under a tag, with `sha256:`.
+///
+/// # Errors
+///
+/// If the layout does not have it.
+pub fn manifest_of(layout: &Path, tag: &str) -> Result<String> {
+    let path = layout.join("index.json");
+    let text = std::fs::read(&path).with_context(|| format!("reading {}", path.display()))?;
+    let index: Value = serde_json::from_slice(&text).with_context(|| format!("understanding {}", path.display()))?;
+    let mut images = index["manifests"].as_array().into_iter().flatten();
+    let image = images.find(|one| one["annotations"]["org.opencontainers.image.ref.name"] == tag);
+    let digest = image.and_then(|image| image["digest"].as_str());
+    digest.map(str::to_owned).with_context(|| format!("{} has no image {tag}", layout.display()))
+}
+
 /// The image of a pod's own container: it sleeps.
 ///
 /// # Errors
