@@ -218,6 +218,26 @@ impl Registry {
         output(&mut command).map(drop)
     }
 
+    /// Copies all of an OCI layout, which has one image index, to `repository:tag`, byte for byte.
+    ///
+    /// # Errors
+    ///
+    /// If `skopeo` fails.
+    pub fn push_index(&self, layout: &Path, name_and_tag: &str) -> Result<()> {
+        let mut command = Command::new("skopeo");
+        command.args([
+            "--insecure-policy",
+            "copy",
+            "--quiet",
+            "--all",
+            "--preserve-digests",
+            "--dest-tls-verify=false",
+        ]);
+        command.arg(format!("oci:{}", layout.display()));
+        command.arg(format!("docker://{}", self.reference(name_and_tag)));
+        output(&mut command).map(drop)
+    }
+
     /// Whether this name has this manifest.
     pub fn has(&self, name_and_tag: &str, manifest: &str) -> bool {
         let Some((name, tag)) = name_and_tag.rsplit_once(':') else { return false };

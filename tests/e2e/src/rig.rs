@@ -26,7 +26,7 @@ pub const SERVER_PORT: u16 = 7900;
 pub struct Offered {
     /// The OCI layout.
     pub layout: PathBuf,
-    /// Its tag there.
+    /// Its tag there; empty: the one image index that the layout has.
     pub tag: String,
     /// `repository:tag` in the registry.
     pub name: String,
@@ -74,7 +74,11 @@ impl Rig {
         };
         for image in images {
             if !registry.has(&image.name, &manifest_of(&image.layout, &image.tag)?) {
-                registry.push(&image.layout, &image.tag, &image.name)?;
+                if image.tag.is_empty() {
+                    registry.push_index(&image.layout, &image.name)?;
+                } else {
+                    registry.push(&image.layout, &image.tag, &image.name)?;
+                }
             }
         }
         registry.stop()?;

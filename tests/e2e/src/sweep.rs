@@ -29,6 +29,8 @@ const PROGRAMS: &[&str] = &[
     "runc",
     "docker-registry",
     "skopeo",
+    "soci",
+    "soci-snapshotter-grpc",
     "ip",
 ];
 /// Ours, by the beginning of the name.

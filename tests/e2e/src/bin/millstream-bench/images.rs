@@ -5,7 +5,7 @@ use std::process::Command;
 
 use anyhow::{Context as _, Result, bail};
 use millstream_e2e::answer::Question;
-use millstream_e2e::image::{ImageInfo, manifest_of};
+use millstream_e2e::image::{ImageInfo, extract, manifest_of};
 use millstream_e2e::need::bench_tool;
 use millstream_e2e::process::output;
 use millstream_e2e::recipe::{self, PAUSE, Recipe};
@@ -84,15 +84,32 @@ pub(crate) enum Form {
     Estargz,
     /// eStargz with the files of a start first.
     Optimized,
+    /// With an index of SOCI.
+    Soci,
+    /// The same with the files of a start as those to prefetch.
+    SociPrefetch,
 }
 
 impl Form {
+    pub(crate) const ALL: [Self; 5] = [Self::Plain, Self::Estargz, Self::Optimized, Self::Soci, Self::SociPrefetch];
+
     fn tag(self) -> &'static str {
         match self {
             Self::Plain => "1",
             Self::Estargz => "estargz",
             Self::Optimized => "optimized",
+            Self::Soci => "soci",
+            Self::SociPrefetch => "soci-prefetch",
         }
+    }
+
+    fn is_soci(self) -> bool {
+        matches!(self, Self::Soci | Self::SociPrefetch)
+    }
+
+    /// Whether it needs a recorded start.
+    fn wants_opens(self) -> bool {
+        matches!(self, Self::Optimized | Self::SociPrefetch)
     }
 }
 
@@ -120,40 +137,85 @@ impl Ready {
         format!("bench/{}:{}", self.name, form.tag())
     }
 
-    /// Converts it to eStargz, unless it was. Needs the working set.
-    pub(crate) fn convert(&self) -> Result<()> {
-        for form in [Form::Estargz, Form::Optimized] {
-            let stamp = self.dir.join(format!("{}.of", form.tag()));
-            if std::fs::read_to_string(&stamp).is_ok_and(|of| of == self.info.manifest) {
-                continue;
-            }
-            say(format_args!("converting {} to eStargz ({})", self.name, form.tag()));
-            let mut command = Command::new(bench_tool("millstream-bench-tool").context("the bench's tool is missing")?);
-            command.arg("estargz").arg(&self.layout).args([&self.tag, &self.tag_of(form)]);
-            if form == Form::Optimized {
-                let opens = &self.working_set.as_ref().context("no start was recorded")?.opens;
-                let list = self.dir.join("opens.list");
-                std::fs::write(&list, opens.join("\n"))?;
-                command.arg(list);
-            }
-            output(&mut command)?;
-            std::fs::write(&stamp, &self.info.manifest)?;
+    /// Converts it to a form, unless it was.
+    pub(crate) fn convert(&self, form: Form) -> Result<()> {
+        let stamp = self.dir.join(format!("{}.of", form.tag()));
+        if std::fs::read_to_string(&stamp).is_ok_and(|of| of == self.info.manifest) {
+            return Ok(());
         }
-        Ok(())
+        say(format_args!("converting {} ({})", self.name, form.tag()));
+        let opens: &[String] = match &self.working_set {
+            Some(set) => &set.opens,
+            None if form.wants_opens() => bail!("no start of {} was recorded", self.name),
+            None => &[],
+        };
+        let opens = if form.wants_opens() { opens } else { &[] };
+        if form.is_soci() {
+            self.index_for_soci(form, opens)?
+        } else {
+            self.convert_to_estargz(form, opens)?
+        }
+        Ok(std::fs::write(&stamp, &self.info.manifest)?)
+    }
+
+    fn convert_to_estargz(&self, form: Form, opens: &[String]) -> Result<()> {
+        let mut command = Command::new(bench_tool("millstream-bench-tool").context("the bench's tool is missing")?);
+        command.arg("estargz").arg(&self.layout).args([&self.tag, &self.tag_of(form)]);
+        if !opens.is_empty() {
+            let list = self.dir.join("opens.list");
+            std::fs::write(&list, opens.join("\n"))?;
+            command.arg(list);
+        }
+        output(&mut command).map(drop)
+    }
+
+    fn index_for_soci(&self, form: Form, opens: &[String]) -> Result<()> {
+        // Content is shared by hard links, so all of it lies beside the layout.
+        let (source, result) = (self.layout.with_file_name("soci-source"), self.layout_of(form));
+        for dir in [&source, &result] {
+            match std::fs::remove_dir_all(dir) {
+                Err(error) if error.kind() != std::io::ErrorKind::NotFound => return Err(error.into()),
+                _ => {}
+            }
+        }
+        extract(&self.layout, &self.tag, &source)?;
+        let mut command = Command::new(bench_tool("soci").context("soci is missing")?);
+        command.arg("--root").arg(self.dir.join("soci-state")).args(["convert", "--standalone", "--format", "oci-dir"]);
+        if !opens.is_empty() {
+            let list = self.dir.join("opens.json");
+            std::fs::write(&list, serde_json::to_vec(opens)?)?;
+            command.arg("--prefetch-files-json").arg(list);
+        }
+        output(command.arg(&source).arg(&result))?;
+        Ok(std::fs::remove_dir_all(&source)?)
+    }
+
+    fn layout_of(&self, form: Form) -> PathBuf {
+        if form.is_soci() {
+            self.layout.with_file_name(format!("{}-{}", self.tag, form.tag()))
+        } else {
+            self.layout.clone()
+        }
     }
 
     /// Whether the layout has it in this form.
     pub(crate) fn has(&self, form: Form) -> bool {
-        manifest_of(&self.layout, &self.tag_of(form)).is_ok()
+        manifest_of(&self.layout_of(form), &self.tag_of(form)).is_ok()
     }
 
     fn tag_of(&self, form: Form) -> String {
-        if form == Form::Plain { self.tag.clone() } else { format!("{}-{}", self.tag, form.tag()) }
+        match form {
+            Form::Plain => self.tag.clone(),
+            Form::Soci | Form::SociPrefetch => String::new(),
+            Form::Estargz | Form::Optimized => format!("{}-{}", self.tag, form.tag()),
+        }
     }
 
     /// What the registry is to have of it.
     pub(crate) fn offered(&self, forms: &[Form]) -> Vec<Offered> {
-        let own = forms.iter().map(|form| Offered::new(&self.layout, &self.tag_of(*form), &self.registry_name(*form)));
+        let own = forms
+            .iter()
+            .map(|form| Offered::new(&self.layout_of(*form), &self.tag_of(*form), &self.registry_name(*form)));
         own.chain([Offered::new(&self.layout, PAUSE, PAUSE_NAME)]).collect()
     }
 }

@@ -16,14 +16,14 @@ use millstream_e2e::watch::Requests;
 use crate::images::{Ready, question};
 use crate::matrix::{Job, Link};
 use crate::memory::Sampler;
-use crate::peers::{Daemon, Subject};
+use crate::peers::{DIRECTORY, Daemon, Subject};
 use crate::rows::Values;
 use crate::{files, memory, processor};
 
 const READY: Duration = Duration::from_secs(300);
 const LOCAL: Duration = Duration::from_secs(900);
 /// Directories of all state of everybody who is measured.
-const STATE: [&str; 5] = ["containerd1", "containerd2", "node", "stargz", "pods"];
+const STATE: [&str; 5] = ["containerd1", "containerd2", "node", DIRECTORY, "pods"];
 
 /// Does a run from nothing: daemons with empty state, cold caches, nobody else running.
 pub(crate) fn run(rig: &mut Rig, image: &Ready, link: Link, subject: Subject, job: Job) -> Result<Values> {

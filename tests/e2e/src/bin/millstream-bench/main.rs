@@ -70,6 +70,9 @@ struct RunArguments {
     /// Only this link (100mbit-20ms, 1gbit-10ms, 1gbit-210ms); may be given more than once.
     #[arg(long)]
     link: Vec<String>,
+    /// Only peers whose name has this, such as `stargz`; may be given more than once.
+    #[arg(long)]
+    peer: Vec<String>,
     /// How often each cell is run at least, instead of what the matrix says.
     #[arg(long, value_parser = clap::value_parser!(u32).range(1..=100))]
     rounds: Option<u32>,
@@ -86,7 +89,7 @@ impl RunArguments {
             (_, true) => matrix::Matrix::full(),
             _ => matrix::Matrix::usual(),
         };
-        matrix.restrict(&self.image, &self.link, self.rounds);
+        matrix.restrict(&self.image, &self.link, &self.peer, self.rounds);
         Ok(matrix)
     }
 }

@@ -148,6 +148,7 @@ impl Matrix {
         for form in [Form::Estargz, Form::Optimized] {
             cells.extend([false, true].map(|tuned| (Subject::Stargz { form, tuned }, Job::Start)));
         }
+        cells.extend([false, true].map(|prefetch| (Subject::Soci { prefetch }, Job::Start)));
         cells.extend([
             (PROFILE, Job::Local),
             (ours(Known::Profile, false), Job::Start),
@@ -167,9 +168,14 @@ impl Matrix {
     }
 
     /// Leaves out what is not named; nothing named: all of it stays.
-    pub(crate) fn restrict(&mut self, images: &[String], links: &[String], rounds: Option<u32>) {
+    pub(crate) fn restrict(&mut self, images: &[String], links: &[String], peers: &[String], rounds: Option<u32>) {
         let named = |names: &[String], name: &str| names.is_empty() || names.iter().any(|one| one == name);
-        self.groups.retain(|group| named(images, group.image) && named(links, group.link.name()));
+        for group in &mut self.groups {
+            let wanted = |peer: String| peers.is_empty() || peers.iter().any(|part| peer.contains(part.as_str()));
+            group.cells.retain(|(subject, _)| wanted(subject.peer()));
+        }
+        self.groups
+            .retain(|group| named(images, group.image) && named(links, group.link.name()) && !group.cells.is_empty());
         if let Some(rounds) = rounds {
             for group in &mut self.groups {
                 group.rounds = rounds;
@@ -193,9 +199,9 @@ impl Matrix {
         self.groups.iter().any(|group| group.image == image && group.cells.iter().any(|(_, job)| *job != Job::Pull))
     }
 
-    /// Whether somebody pulls this image as eStargz.
-    pub(crate) fn converts(&self, image: &str) -> bool {
-        let converted = |(subject, _): &(Subject, Job)| subject.form() != Form::Plain && subject.missing().is_none();
+    /// Whether somebody pulls this image in this form.
+    pub(crate) fn converts(&self, image: &str, form: Form) -> bool {
+        let converted = |(subject, _): &(Subject, Job)| subject.form() == form && subject.missing().is_none();
         self.groups.iter().any(|group| group.image == image && group.cells.iter().any(converted))
     }
 }
@@ -244,9 +250,12 @@ mod tests {
     #[test]
     fn a_matrix_can_be_cut_down_to_an_image_and_a_link() {
         let mut matrix = Matrix::usual();
-        matrix.restrict(&["node".to_owned()], &["1gbit-10ms".to_owned()], Some(2));
+        matrix.restrict(&["node".to_owned()], &["1gbit-10ms".to_owned()], &["stargz".to_owned()], Some(2));
         assert_eq!(matrix.images(), ["node"]);
         assert!(matrix.groups.iter().all(|group| group.rounds == 2 && group.link == Link::Fast));
-        assert!(matrix.converts("node") && !matrix.converts("wiki"));
+        assert!(!matrix.converts("wiki", Form::Estargz));
+        let peers: Vec<String> =
+            matrix.groups.iter().flat_map(|group| &group.cells).map(|(subject, _)| subject.peer()).collect();
+        assert!(peers.len() == 2 && peers.iter().all(|peer| peer.starts_with("stargz")), "{peers:?}");
     }
 }

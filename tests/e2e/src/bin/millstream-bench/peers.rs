@@ -17,6 +17,13 @@ use crate::images::{Form, PAUSE_NAME};
 /// The release of stargz-snapshotter; `tests/bench/peers/go.mod` has the same.
 pub(crate) const STARGZ: &str = "0.19.1";
 const STARGZ_PROGRAM: &str = "containerd-stargz-grpc";
+/// The release of SOCI's library; `tests/bench/peers/soci/go.mod` has the same.
+pub(crate) const SOCI: &str = "0.16.1";
+const SOCI_PROGRAM: &str = "soci-snapshotter-grpc";
+/// Where in the workdir somebody else's daemon has its state.
+pub(crate) const DIRECTORY: &str = "peer";
+const STARGZ_TUNING: &str = "no_background_fetch = true\n[blob]\nchunk_size = 262144\nprefetch_chunk_size = 4194304\n[fuse]\npassthrough = true\n";
+const SOCI_PREFETCH: &str = "[prefetch]\nenable = true\n";
 const READY: Duration = Duration::from_secs(30);
 /// Layers that containerd unpacks at once where it is tuned: more than these images have on two processors is of no use.
 const UNPACKS: &str = "  max_concurrent_unpacks = 4\n";
@@ -42,6 +49,8 @@ pub(crate) enum Subject {
     Overlayfs { version: Version, tuned: bool },
     /// stargz-snapshotter; tuned: no background fetch beside the start, larger requests, passthrough.
     Stargz { form: Form, tuned: bool },
+    /// soci-snapshotter, with or without prefetch of the files of a start.
+    Soci { prefetch: bool },
     /// This project.
     Millstream { version: Version, known: Known, hydration: bool },
 }
@@ -52,6 +61,7 @@ impl Subject {
         match self {
             Self::Overlayfs { version, .. } => format!("overlayfs, containerd {}", release(version)),
             Self::Stargz { .. } => format!("stargz {STARGZ}"),
+            Self::Soci { .. } => format!("soci {SOCI}"),
             Self::Millstream { version: Version::V1, .. } => "millstream, containerd 1.6".to_owned(),
             Self::Millstream { .. } => "millstream".to_owned(),
         }
@@ -62,6 +72,7 @@ impl Subject {
         match self {
             Self::Overlayfs { tuned: false, .. } => "default".to_owned(),
             Self::Overlayfs { tuned: true, .. } => "tuned".to_owned(),
+            Self::Soci { prefetch } => if prefetch { "prefetch" } else { "default" }.to_owned(),
             Self::Stargz { form, tuned } => {
                 let form = if form == Form::Optimized { "optimized" } else { "plain" };
                 if tuned { format!("{form}, tuned") } else { form.to_owned() }
@@ -78,7 +89,12 @@ impl Subject {
     }
 
     pub(crate) fn form(self) -> Form {
-        if let Self::Stargz { form, .. } = self { form } else { Form::Plain }
+        match self {
+            Self::Stargz { form, .. } => form,
+            Self::Soci { prefetch: true } => Form::SociPrefetch,
+            Self::Soci { prefetch: false } => Form::Soci,
+            Self::Overlayfs { .. } | Self::Millstream { .. } => Form::Plain,
+        }
     }
 
     pub(crate) fn is_ours(self) -> bool {
@@ -102,13 +118,18 @@ impl Subject {
         if !old && !Need::Containerd2.is_met() {
             return Some("containerd 2.x");
         }
-        (matches!(self, Self::Stargz { .. }) && bench_tool(STARGZ_PROGRAM).is_none()).then_some(STARGZ_PROGRAM)
+        let programs: &[&str] = match self {
+            Self::Stargz { .. } => &[STARGZ_PROGRAM],
+            Self::Soci { .. } => &[SOCI_PROGRAM, "soci"],
+            Self::Overlayfs { .. } | Self::Millstream { .. } => &[],
+        };
+        programs.iter().copied().find(|name| bench_tool(name).is_none())
     }
 
     fn version(self) -> Version {
         match self {
             Self::Overlayfs { version, .. } | Self::Millstream { version, .. } => version,
-            Self::Stargz { .. } => Version::V2,
+            Self::Stargz { .. } | Self::Soci { .. } => Version::V2,
         }
     }
 
@@ -124,7 +145,16 @@ impl Subject {
     pub(crate) fn daemon(self, rig: &Rig) -> Result<Daemon> {
         match self {
             Self::Overlayfs { .. } => Ok(Daemon::None),
-            Self::Stargz { tuned, .. } => stargz(rig, tuned),
+            Self::Stargz { tuned, .. } => {
+                let tuning = if tuned { STARGZ_TUNING } else { "" };
+                let words = ["-address", "-config", "-root"];
+                other(rig, "stargz", STARGZ_PROGRAM, words, tuning)
+            }
+            Self::Soci { prefetch } => {
+                let tuning = if prefetch { SOCI_PREFETCH } else { "" };
+                let words = ["--address", "--config", "--root"];
+                other(rig, "soci", SOCI_PROGRAM, words, tuning)
+            }
             Self::Millstream { version, known, hydration } => {
                 let mut options = rig.node(hydration);
                 if known == Known::Nothing {
@@ -172,7 +202,7 @@ fn release(version: Version) -> &'static str {
 #[derive(Debug)]
 pub(crate) enum Daemon {
     None,
-    Stargz { process: Process, socket: PathBuf, root: PathBuf },
+    Other { name: &'static str, process: Process, socket: PathBuf, root: PathBuf },
     Millstream(Box<Node>),
 }
 
@@ -180,8 +210,8 @@ impl Daemon {
     fn snapshotter(&self) -> Snapshotter {
         match self {
             Self::None => Snapshotter::Overlayfs,
-            Self::Stargz { socket, root, .. } => {
-                Snapshotter::Other { name: "stargz", socket: socket.clone(), root: root.clone() }
+            Self::Other { name, socket, root, .. } => {
+                Snapshotter::Other { name, socket: socket.clone(), root: root.clone() }
             }
             Self::Millstream(node) => node.snapshotter(),
         }
@@ -195,7 +225,7 @@ impl Daemon {
     pub(crate) fn processes(&self) -> Vec<u32> {
         match self {
             Self::None => Vec::new(),
-            Self::Stargz { process, .. } => vec![process.id()],
+            Self::Other { process, .. } => vec![process.id()],
             Self::Millstream(node) => {
                 let all = node.supervisor().into_iter().chain(node.workers());
                 all.map(i32::unsigned_abs).collect()
@@ -207,28 +237,26 @@ impl Daemon {
     pub(crate) fn stop(self) -> Result<()> {
         match self {
             Self::None => Ok(()),
-            Self::Stargz { process, .. } => process.stop().map(drop),
+            Self::Other { process, .. } => process.stop().map(drop),
             Self::Millstream(mut node) => node.stop(),
         }
     }
 }
 
-fn stargz(rig: &Rig, tuned: bool) -> Result<Daemon> {
-    let dir = rig.work.dir("stargz")?;
+/// Somebody else's daemon, which is told of socket, settings and state by these words.
+fn other(rig: &Rig, name: &'static str, program: &'static str, words: [&str; 3], tuning: &str) -> Result<Daemon> {
+    let dir = rig.work.dir(DIRECTORY)?;
     let (config, socket, root) = (dir.join("config.toml"), dir.join("s.sock"), dir.join("root"));
     std::fs::create_dir_all(&root)?;
-    let tuning = if tuned {
-        "no_background_fetch = true\n[blob]\nchunk_size = 262144\nprefetch_chunk_size = 4194304\n[fuse]\npassthrough = true\n"
-    } else {
-        ""
-    };
     let host = rig.registry.host();
     let text = format!("{tuning}[[resolver.host.\"{host}\".mirrors]]\nhost = \"{host}\"\ninsecure = true\n");
     std::fs::write(&config, text)?;
-    let program = bench_tool(STARGZ_PROGRAM).context("containerd-stargz-grpc is not built")?;
-    let mut command = Command::new(program);
-    command.arg("-address").arg(&socket).arg("-config").arg(&config).arg("-root").arg(&root);
-    let mut process = Process::spawn(STARGZ_PROGRAM, command, &rig.work.log("stargz"))?;
+    let found = bench_tool(program).with_context(|| format!("{program} is not built"))?;
+    let mut command = Command::new(found);
+    for (word, path) in words.iter().zip([&socket, &config, &root]) {
+        command.arg(word).arg(path);
+    }
+    let mut process = Process::spawn(program, command, &rig.work.log(name))?;
     process.wait_ready(READY, || socket_accepts(&socket))?;
-    Ok(Daemon::Stargz { process, socket, root })
+    Ok(Daemon::Other { name, process, socket, root })
 }

@@ -38,8 +38,10 @@ pub(crate) fn prepare(dir: &Path, matrix: &Matrix) -> Result<Vec<Ready>> {
             images[at].working_set = Some(recorded.with_context(|| format!("the floor of {}", images[at].name))?);
         }
     }
-    for image in images.iter().filter(|image| matrix.converts(&image.name)) {
-        image.convert()?;
+    for image in &images {
+        for form in Form::ALL.into_iter().filter(|form| *form != Form::Plain && matrix.converts(&image.name, *form)) {
+            image.convert(form)?;
+        }
     }
     Ok(images)
 }
@@ -193,8 +195,7 @@ impl Bench<'_> {
         say(format_args!("setting registry and server behind a line of {}", link.name()));
         let mut offered = Vec::new();
         for image in &self.images {
-            let forms = [Form::Plain, Form::Estargz, Form::Optimized];
-            let forms = forms.into_iter().filter(|form| image.has(*form)).collect::<Vec<_>>();
+            let forms = Form::ALL.into_iter().filter(|form| image.has(*form)).collect::<Vec<_>>();
             offered.extend(image.offered(&forms));
         }
         Ok(Standing { rig: Rig::set(link.options(), &offered, Some(&storage(self.dir)?))?, known: HashSet::new() })
