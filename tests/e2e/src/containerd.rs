@@ -121,13 +121,15 @@ pub struct Tuning {
     pub lines: Option<(&'static str, String)>,
     /// Its environment, besides that of this process.
     pub env: Vec<(&'static str, &'static str)>,
+    /// A directory of programs that it finds first.
+    pub programs: Option<PathBuf>,
 }
 
 /// A running containerd.
 #[derive(Debug)]
 pub struct Containerd {
     options: ContainerdOptions,
-    env: Vec<(&'static str, &'static str)>,
+    tuning: Tuning,
     dir: PathBuf,
     installation: Option<Installation>,
     log: PathBuf,
@@ -152,7 +154,7 @@ impl Containerd {
     pub fn start_as(work: &Workdir, name: &str, options: ContainerdOptions) -> Result<Self> {
         let dir = work.dir(name)?;
         let text = config_text(&dir, &options);
-        Self::start_with(work, name, options, &text, None, Vec::new())
+        Self::start_with(work, name, options, &text, None, Tuning::default())
     }
 
     /// The same with lines in front of a table of its configuration file, such as `[plugins."..."]`; what a test of one setting needs.
@@ -161,7 +163,7 @@ impl Containerd {
     ///
     /// If there is no such table, or it does not start.
     pub fn start_set(work: &Workdir, options: ContainerdOptions, table: &str, lines: &str) -> Result<Self> {
-        Self::start_lined(work, options, Some((table, lines)), Vec::new())
+        Self::start_lined(work, options, Some((table, lines)), Tuning::default())
     }
 
     /// The same with these settings.
@@ -170,15 +172,16 @@ impl Containerd {
     ///
     /// If there is no such table, or it does not start.
     pub fn start_tuned(work: &Workdir, options: ContainerdOptions, tuning: Tuning) -> Result<Self> {
-        let lines = tuning.lines.as_ref().map(|(table, lines)| (*table, lines.as_str()));
-        Self::start_lined(work, options, lines, tuning.env)
+        let lines = tuning.lines.clone();
+        let lines = lines.as_ref().map(|(table, lines)| (*table, lines.as_str()));
+        Self::start_lined(work, options, lines, tuning)
     }
 
     fn start_lined(
         work: &Workdir,
         options: ContainerdOptions,
         lines: Option<(&str, &str)>,
-        env: Vec<(&'static str, &'static str)>,
+        tuning: Tuning,
     ) -> Result<Self> {
         let name = ContainerdOptions::dir_name(options.version);
         let mut text = config_text(&work.dir(&name)?, &options);
@@ -186,7 +189,7 @@ impl Containerd {
             ensure!(text.contains(table), "the configuration has no {table}");
             text = text.replacen(table, &format!("{table}\n{lines}"), 1);
         }
-        Self::start_with(work, &name, options, &text, None, env)
+        Self::start_with(work, &name, options, &text, None, tuning)
     }
 
     /// Starts it in an installation: its file says where its root, state and sockets are, and imports what is in
@@ -198,7 +201,7 @@ impl Containerd {
     pub fn start_in(work: &Workdir, installation: &Installation, options: ContainerdOptions) -> Result<Self> {
         let name = format!("containerd{}", options.version.major());
         let text = importing_text(&work.dir(&name)?, options.version);
-        Self::start_with(work, &name, options, &text, Some(installation.clone()), Vec::new())
+        Self::start_with(work, &name, options, &text, Some(installation.clone()), Tuning::default())
     }
 
     fn start_with(
@@ -207,11 +210,11 @@ impl Containerd {
         options: ContainerdOptions,
         text: &str,
         installation: Option<Installation>,
-        env: Vec<(&'static str, &'static str)>,
+        tuning: Tuning,
     ) -> Result<Self> {
         let dir = work.dir(name)?;
         std::fs::write(dir.join("config.toml"), text)?;
-        let mut containerd = Self { options, env, dir, installation, log: work.log(name), process: None };
+        let mut containerd = Self { options, tuning, dir, installation, log: work.log(name), process: None };
         containerd.launch()?;
         Ok(containerd)
     }
@@ -226,9 +229,10 @@ impl Containerd {
         command.arg("--config").arg(self.dir.join("config.toml"));
         // The shim is looked for on the search path.
         let path = std::env::var_os("PATH").unwrap_or_default();
-        let dirs = self.installation.iter().map(Installation::programs).chain([programs]);
+        let first = self.tuning.programs.iter().cloned();
+        let dirs = first.chain(self.installation.iter().map(Installation::programs)).chain([programs]);
         let dirs = dirs.chain(std::env::split_paths(&path)).chain(["/usr/sbin".into(), "/sbin".into()]);
-        command.env("PATH", std::env::join_paths(dirs)?).envs(self.env.iter().copied());
+        command.env("PATH", std::env::join_paths(dirs)?).envs(self.tuning.env.iter().copied());
         let mut process = Process::spawn("containerd", command, &self.log)?;
         let socket = self.socket();
         process.wait_ready(READY, || socket_accepts(&socket) && self.ctr("default", &["version"]).is_ok())?;

@@ -11,6 +11,7 @@ use rcgen::{BasicConstraints, CertificateParams, IsCa, Issuer, KeyPair};
 use serde_json::Value;
 
 use crate::daemons::listens;
+use crate::image::manifest_of;
 use crate::link::Link;
 use crate::need::program;
 use crate::process::{Process, output};
@@ -218,24 +219,24 @@ impl Registry {
         output(&mut command).map(drop)
     }
 
-    /// Copies all of an OCI layout, which has one image index, to `repository:tag`, byte for byte.
+    /// Puts the one image index of an OCI layout, and all that it names, into the storage as `repository:tag`. No program is asked:
+    /// skopeo takes an index of what it does not know for another kind.
     ///
     /// # Errors
     ///
-    /// If `skopeo` fails.
-    pub fn push_index(&self, layout: &Path, name_and_tag: &str) -> Result<()> {
-        let mut command = Command::new("skopeo");
-        command.args([
-            "--insecure-policy",
-            "copy",
-            "--quiet",
-            "--all",
-            "--preserve-digests",
-            "--dest-tls-verify=false",
-        ]);
-        command.arg(format!("oci:{}", layout.display()));
-        command.arg(format!("docker://{}", self.reference(name_and_tag)));
-        output(&mut command).map(drop)
+    /// If a file cannot be read or written.
+    pub fn place_index(&self, layout: &Path, name_and_tag: &str) -> Result<()> {
+        let (name, tag) = name_and_tag.rsplit_once(':').context("a name without a tag")?;
+        let index = manifest_of(layout, "")?;
+        let file = layout.join("blobs/sha256").join(index.trim_start_matches("sha256:"));
+        let content: Value = serde_json::from_slice(&std::fs::read(&file)?)?;
+        let named = content["manifests"].as_array().into_iter().flatten().filter_map(|one| one["digest"].as_str());
+        let manifests: Vec<&str> = named.chain([index.as_str()]).collect();
+        self.place(layout, name, &manifests)?;
+        let repository = self.storage.join("docker/registry/v2/repositories").join(name);
+        let tagged = repository.join("_manifests/tags").join(tag).join("current");
+        std::fs::create_dir_all(&tagged)?;
+        Ok(std::fs::write(tagged.join("link"), &index)?)
     }
 
     /// Whether this name has this manifest.

@@ -75,7 +75,7 @@ impl Rig {
         for image in images {
             if !registry.has(&image.name, &manifest_of(&image.layout, &image.tag)?) {
                 if image.tag.is_empty() {
-                    registry.push_index(&image.layout, &image.name)?;
+                    registry.place_index(&image.layout, &image.name)?;
                 } else {
                     registry.push(&image.layout, &image.tag, &image.name)?;
                 }
