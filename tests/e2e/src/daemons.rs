@@ -10,6 +10,7 @@ use std::time::Duration;
 use anyhow::{Context as _, Result};
 use millstream_wire::containerd::services::snapshots::v1::snapshots_client::SnapshotsClient;
 use millstream_wire::containerd::services::snapshots::v1::{Info, ListSnapshotsRequest};
+use millstream_wire::millstream::v1::layer_status::State;
 use millstream_wire::millstream::v1::node_client::NodeClient;
 use millstream_wire::millstream::v1::{
     ExplainRequest, ExplainResponse, GcRequest, SetHydrationRequest, SetStreamingRequest, StatusRequest, StatusResponse,
@@ -273,6 +274,13 @@ impl Node {
     /// If it does not answer.
     pub fn status(&self) -> Result<StatusResponse> {
         status_of(&self.socket())
+    }
+
+    /// Whether it has lazy layers, and all of them are wholly local and verified.
+    pub fn is_all_local(&self) -> bool {
+        self.status().is_ok_and(|status| {
+            !status.layers.is_empty() && status.layers.iter().all(|layer| layer.state() == State::Verified)
+        })
     }
 
     /// All its snapshots, of whatever namespace, as garbage collection lists them.

@@ -14,9 +14,10 @@ use std::time::Duration;
 use anyhow::{Context as _, Result, anyhow};
 use rustix::thread::{LinkNameSpaceType, move_into_link_name_space};
 
-use crate::delay::{self, Counts};
+use crate::delay::{self, Counts, Stall};
 use crate::need::{product, program};
 use crate::process::{Process, output, socket_accepts};
+use crate::watch::Requests;
 use crate::workdir::Workdir;
 
 /// The near end of the line.
@@ -54,6 +55,7 @@ pub struct Link {
     far: String,
     dir: PathBuf,
     log: PathBuf,
+    stall: Option<Stall>,
     proxies: Vec<(PathBuf, Process)>,
 }
 
@@ -95,7 +97,12 @@ impl Link {
         output(Command::new("tc").args(shape(&near)))?;
         output(Command::new("tc").args(["-n", &netns]).args(shape(&far)))?;
         let dir = work.dir("link")?;
-        Ok(Self { options, netns, near, far, dir, log: work.log("link"), proxies: Vec::new() })
+        Ok(Self { options, netns, near, far, dir, log: work.log("link"), stall: None, proxies: Vec::new() })
+    }
+
+    /// Holds a share of the requests back at what is exposed from now on.
+    pub fn set_stall(&mut self, stall: Option<Stall>) {
+        self.stall = stall;
     }
 
     /// A command that will run on the far side.
@@ -118,6 +125,10 @@ impl Link {
         let mut command = self.command(&program);
         command.args(["delay", "--listen", &listen.to_string(), "--target", &target.to_string()]);
         command.arg("--one-way-ms").arg(self.options.one_way.as_millis().to_string());
+        if let Some(stall) = self.stall {
+            command.arg("--stall-every").arg(stall.every.to_string());
+            command.arg("--stall-ms").arg(stall.time.as_millis().to_string());
+        }
         command.arg("--stats").arg(&stats);
         let mut process = Process::spawn(PROGRAM, command, &self.log)?;
         process.wait_ready(READY, || socket_accepts(&stats))?;
@@ -140,6 +151,16 @@ impl Link {
             sum.received += counts.received;
         }
         Ok(sum)
+    }
+
+    /// The requests of HTTP/1.1 that went to this port of the far end.
+    ///
+    /// # Errors
+    ///
+    /// If nothing is exposed there, or the proxy does not answer.
+    pub fn requests(&self, port: u16) -> Result<Requests> {
+        let stats = self.dir.join(format!("stats-{port}"));
+        delay::requests(&stats)
     }
 
     /// What the near end has seen since the line was built.
