@@ -24,6 +24,8 @@ const PROBES: usize = 16;
 const FORM: u64 = u64::from_le_bytes(*b"msjourn1");
 /// Words before the first slot.
 const HEAD: usize = 8;
+/// Word of the head with the highest number that was seen. A program that does not know it leaves it alone, so it may be too low.
+const LATEST: usize = 1;
 /// Words of a slot.
 const SLOT: usize = 40;
 /// Bytes of the longest name, which the kernel limits.
@@ -207,6 +209,7 @@ impl Journal {
     /// Notes a request before the work on it begins. `request.unique` may have [`RESENT`].
     pub(crate) fn begin(self: &Arc<Self>, unique: u64, opcode: u32, about: (u64, u64, u32), name: &[u8]) -> Begun {
         let (resent, unique) = (unique & RESENT != 0, unique & !RESENT);
+        self.saw(unique);
         if resent && let Some((number, slot)) = self.find(unique) {
             let deaths = slot.history.load(Ordering::Acquire) & 0xff;
             let entry = Entry(Some((Arc::clone(self), number)));
@@ -240,6 +243,20 @@ impl Journal {
             return Begun::Serve(Entry(Some((Arc::clone(self), number))));
         }
         Begun::Serve(Entry::none())
+    }
+
+    /// Keeps the number of a request that has come, for [`Journal::latest`].
+    pub(crate) fn saw(&self, unique: u64) {
+        if let Some(latest) = self.words.words().get(LATEST)
+            && latest.load(Ordering::Relaxed) < unique
+        {
+            latest.fetch_max(unique, Ordering::Relaxed);
+        }
+    }
+
+    /// The highest number of a request that a worker has begun with; 0: none.
+    pub(crate) fn latest(&self) -> u64 {
+        self.words.words().get(LATEST).map_or(0, |latest| latest.load(Ordering::Relaxed))
     }
 
     fn find(&self, unique: u64) -> Option<(usize, Slot<'_>)> {

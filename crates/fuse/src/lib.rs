@@ -3,6 +3,7 @@
 pub mod adapter;
 pub mod errno;
 pub mod journal;
+mod orphans;
 mod replay;
 pub mod session;
 

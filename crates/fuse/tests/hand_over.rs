@@ -6,10 +6,11 @@
 use std::fs;
 use std::io::Read;
 use std::os::fd::{AsFd, OwnedFd};
+use std::os::unix::fs::OpenOptionsExt;
 use std::path::Path;
 use std::process::{Child, Command};
 use std::sync::atomic::{AtomicBool, Ordering};
-use std::sync::{Arc, Mutex, MutexGuard, PoisonError};
+use std::sync::{Arc, Mutex, MutexGuard, PoisonError, mpsc};
 use std::time::{Duration, Instant};
 
 use millstream_fuse::adapter::{Later, MAX_READ, ReadRequest};
@@ -93,6 +94,9 @@ fn server_process() {
     let journal = Arc::new(Journal::open(&journal).unwrap());
     let init = receive(&control);
     let answer = Some(receive(&control)).filter(|answer| answer != b"first");
+    if role == "orphans" {
+        return take_and_note_nothing(&control, &device);
+    }
     let runtime = tokio::runtime::Runtime::new().unwrap();
     let content = Arc::new(Half { answers: role == "answers", set_aside: AtomicBool::new(false) });
     let adapter = Adapter::new(layer_fs(), content, runtime.handle().clone(), Some(Arc::clone(&journal)));
@@ -104,6 +108,16 @@ fn server_process() {
         write_message(control.as_fd(), b"took over").unwrap();
     }
     session.wait().unwrap();
+}
+
+/// A server at the moment between taking a request and noting it. Its end comes from outside.
+fn take_and_note_nothing(control: &OwnedFd, device: &OwnedFd) {
+    write_message(control.as_fd(), b"took over").unwrap();
+    // The kernel wants room for the largest write that was agreed on.
+    let mut buffer = vec![0; 2 * MAX_READ as usize];
+    let len = fs::File::from(device.try_clone().unwrap()).read(&mut buffer).unwrap();
+    write_message(control.as_fd(), &buffer[..len.min(1000)]).unwrap();
+    receive(control);
 }
 
 fn receive(socket: &OwnedFd) -> Vec<u8> {
@@ -133,7 +147,7 @@ fn mount() -> Mount {
     Mount { path, mounted, shared, journal }
 }
 
-struct Server(Child);
+struct Server(Child, OwnedFd);
 
 impl Server {
     /// Kills it; `by_itself`: as far as the journal is told, it has died of what it was doing.
@@ -155,12 +169,12 @@ fn start(mount: &Mount, role: &str, answer: Option<&[u8]>) -> (Server, Vec<u8>) 
     let (ours, theirs) = message_pair().unwrap();
     let mut command = Command::new(std::env::current_exe().unwrap());
     command.args(["--exact", "server_process", "--test-threads=1"]).env(ROLE, role);
-    let server =
-        Server(spawn_with(command, &[mount.mounted.device.as_fd(), theirs.as_fd(), mount.shared.as_fd()]).unwrap());
+    let passed = [mount.mounted.device.as_fd(), theirs.as_fd(), mount.shared.as_fd()];
+    let server = Server(spawn_with(command, &passed).unwrap(), ours);
     drop(theirs);
-    write_message(ours.as_fd(), &mount.mounted.init).unwrap();
-    write_message(ours.as_fd(), answer.unwrap_or(b"first")).unwrap();
-    let answer = receive(&ours);
+    write_message(server.1.as_fd(), &mount.mounted.init).unwrap();
+    write_message(server.1.as_fd(), answer.unwrap_or(b"first")).unwrap();
+    let answer = receive(&server.1);
     assert!(!answer.is_empty(), "the server did not start");
     if answer != b"took over" {
         write_message(mount.mounted.device.as_fd(), &answer).unwrap();
@@ -243,6 +257,86 @@ fn what_waits_is_answered_from_the_journal_where_the_kernel_does_not_send_it_aga
     assert!(reader.join().unwrap() == expected);
     let names: Vec<_> = fs::read_dir(&dir).unwrap().map(|entry| entry.unwrap().file_name()).collect();
     assert_eq!(names, ["quick", "slow"]);
+}
+
+/// What `work` comes to when a server on a kernel before 6.9 dies between taking the first request of it and noting that.
+/// Another read waits all the while, which was noted and has to get its bytes.
+fn orphaned<P: Send + 'static, T: Send + 'static>(
+    prepare: impl FnOnce(&Path) -> P,
+    opcode: Operation,
+    work: impl FnOnce(P) -> T + Send + 'static,
+) -> Option<T> {
+    let _turn = turn()?;
+    let mut mount = mount();
+    mount.mounted.init[56] &= !(1 << 7);
+    let dir = mount.path.path().join(VIEW.to_string()).join("dir");
+    let (first, answer) = start(&mount, "stalls", None);
+    let prepared = prepare(&dir);
+    let slow = dir.join("slow");
+    let reader = std::thread::spawn(move || fs::read(slow).unwrap());
+    wait_for_a_waiting_reader();
+    first.die(&mount, true);
+
+    let (second, _) = start(&mount, "orphans", Some(&answer));
+    let (done, result) = mpsc::channel();
+    std::thread::spawn(move || done.send(work(prepared)));
+    let taken = receive(&second.1);
+    assert_eq!(taken[4..8], (opcode as u32).to_le_bytes(), "another request than the one that is meant");
+    second.die(&mount, false);
+
+    let (_third, _) = start(&mount, "answers", Some(&answer));
+    // Else it waits for ever.
+    let result = result.recv_timeout(Duration::from_secs(10)).unwrap();
+    let expected: Vec<u8> = (0..100_000).map(byte_at).collect();
+    assert!(reader.join().unwrap() == expected);
+    Some(result)
+}
+
+/// From the directory on: what leads there is looked up anew each time.
+fn read_quick(dir: fs::File) -> std::io::Result<Vec<u8>> {
+    let file = rustix::fs::openat(dir, "quick", rustix::fs::OFlags::RDONLY, rustix::fs::Mode::empty())?;
+    read_all(file.into())
+}
+
+fn read_all(mut file: fs::File) -> std::io::Result<Vec<u8>> {
+    let mut content = Vec::new();
+    file.read_to_end(&mut content).map(|_| content)
+}
+
+#[test]
+fn a_look_up_that_was_taken_and_not_noted_is_tried_again_by_the_kernel() {
+    let prepare = |dir: &Path| fs::File::open(dir).unwrap();
+    let Some(read) = orphaned(prepare, Operation::LookUp, read_quick) else { return };
+    assert_eq!(read.unwrap(), b"t hand");
+}
+
+#[test]
+fn an_open_that_was_taken_and_not_noted_is_tried_again_by_the_kernel() {
+    let prepare = |dir: &Path| {
+        fs::metadata(dir.join("quick")).unwrap();
+        fs::File::open(dir).unwrap()
+    };
+    let Some(read) = orphaned(prepare, Operation::Open, read_quick) else { return };
+    assert_eq!(read.unwrap(), b"t hand");
+}
+
+#[test]
+fn a_read_that_was_taken_and_not_noted_is_tried_again_by_the_kernel() {
+    let prepare = |dir: &Path| fs::File::open(dir.join("quick")).unwrap();
+    let Some(read) = orphaned(prepare, Operation::Read, read_all) else { return };
+    assert_eq!(read.unwrap(), b"t hand");
+}
+
+/// Nothing stands between it and the program that could try again.
+#[test]
+fn a_read_past_the_page_cache_that_was_taken_and_not_noted_ends_with_an_error() {
+    let prepare = |dir: &Path| {
+        let direct = rustix::fs::OFlags::DIRECT.bits().try_into().unwrap();
+        fs::File::options().read(true).custom_flags(direct).open(dir.join("quick")).unwrap()
+    };
+    let read = |mut file: fs::File| file.read(&mut [0; 4096]);
+    let Some(read) = orphaned(prepare, Operation::Read, read) else { return };
+    assert_eq!(read.unwrap_err().raw_os_error(), Some(rustix::io::Errno::STALE.raw_os_error()));
 }
 
 fn a_poison_is_refused(sends_again: bool) {
