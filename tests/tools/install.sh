@@ -9,6 +9,8 @@
 # `install.sh compiler` installs only what Rust needs to link programs and to build its C libraries.
 # `install.sh demo` installs what the demo needs instead, which is no Go and no containerd 2.x.
 # `install.sh clients` installs in addition the other containerds of tests/e2e/tests/clients.rs (`make clients`).
+# `install.sh soak` installs in addition qemu, and makes the machine of tests/e2e/tests/old_kernel.rs (`make soak`):
+#   target/tools/machine: a Debian 12 with the programs above and its kernel, which is never this machine's
 set -eu
 
 # The same numbers as CONTAINERD_2 and CONTAINERDS in tests/e2e/src/need.rs; the first also in tests/conformance/go.mod.
@@ -113,12 +115,41 @@ build_conformance() {
     touch "$program"
 }
 
+# A base system with its kernel, in a file system of its own. What it starts after the kernel comes with each test, on a second
+# disk. Made under another name, so that one that is there is whole.
+build_machine() {
+    machine=$tools/machine
+    [ ! -e "$machine/vmlinuz" ] || return 0
+    say 'making a machine with the kernel of Debian 12'
+    making=$tools/machine.making
+    rm -rf "$making"
+    mkdir -p "$making"
+    sources=/etc/apt/sources.list.d/debian.sources
+    [ -e $sources ] || sources=/etc/apt/sources.list
+    mmdebstrap --quiet --variant=minbase --include="$(echo "$BASE" kmod linux-image-cloud-amd64 | tr ' ' ',')" \
+        bookworm "$making/root" "$sources" >&2 || return 1
+    cat >"$making/root/sbin/millstream-machine" <<'END'
+#!/bin/sh
+mkdir -p /machine
+mount /dev/vdb /machine
+exec /machine/run
+END
+    chmod 755 "$making/root/sbin/millstream-machine"
+    cp -L "$making/root/initrd.img" "$making/root/vmlinuz" "$making" || return 1
+    truncate -s 8G "$making/root.ext4"
+    mkfs.ext4 -q -F -d "$making/root" "$making/root.ext4" || return 1
+    rm -rf "$making/root" "$machine"
+    mv "$making" "$machine"
+}
+
 [ "$(id -u)" = 0 ] || { say 'must run as root'; exit 1; }
 if [ "${1:-}" = compiler ]; then
     PACKAGES='gcc libc6-dev'
     install_packages
     exit
 fi
+BASE=$PACKAGES
+[ "${1:-}" != soak ] || PACKAGES="$PACKAGES qemu-system-x86"
 install_packages
 case "${1:-}" in
 demo) releases='' ;;
@@ -130,4 +161,5 @@ for version in $releases; do
     install_containerd "$version" || say "no containerd $version: its tests will be skipped"
 done
 [ "${1:-}" = demo ] || build_conformance || say "no suite for snapshotters: its tests will be skipped"
+[ "${1:-}" != soak ] || build_machine || say 'no machine with the kernel of Debian 12: its test will be skipped'
 say 'done'

@@ -6,6 +6,7 @@ pub mod journal;
 mod orphans;
 mod replay;
 pub mod session;
+pub mod taken;
 
 pub use adapter::{Adapter, Content, ContentError};
 pub use journal::{Journal, Operation};

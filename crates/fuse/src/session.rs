@@ -13,7 +13,7 @@ use crate::journal::Journal;
 use crate::{orphans, replay};
 
 /// Threads that take requests from the kernel. More did not help on two cores; reads that wait do not hold a thread.
-const THREADS: usize = 4;
+pub(crate) const THREADS: usize = 4;
 /// Bytes of the longest answer to INIT (`struct fuse_out_header` and `struct fuse_init_out`: 80 today).
 const MAX_INIT_ANSWER: usize = 4096;
 
@@ -102,6 +102,9 @@ impl Session {
                 }
                 info!("took over the FUSE connection");
             }
+        }
+        if let Some(journal) = journal.filter(|_| !replay::sends_again(&connection.init)) {
+            journal.keep_what_is_taken()?;
         }
         let invalidator = Invalidator(session.notifier());
         let thread = std::thread::Builder::new().name("fuse".into()).spawn(move || session.run())?;
