@@ -75,9 +75,10 @@ big: toolchain ## an image of 5 GB; needs root, 25 GB of disk, some minutes
 	tests/tools/test.sh --release --workspace --test big -- --ignored --nocapture
 
 # The long form of what `make test` does for some seconds each: deaths of the worker, disks that are cut off, every damage.
-soak: toolchain tools ## deaths, cut disks and damage, at length; needs root
+soak: toolchain ## deaths, cut disks and damage, at length; needs root
+	tests/tools/install.sh soak
 	cargo test --workspace --no-run --locked
-	tests/tools/test.sh --workspace --test takeover --test upgrade --test power_cut --test damage -- --ignored --nocapture
+	tests/tools/test.sh --workspace --test takeover --test old_kernel --test upgrade --test power_cut --test damage -- --ignored --nocapture
 	MILLSTREAM_SCHEDULES=200000 cargo test --locked -p millstream-prefetch -p millstream-node --lib schedules
 
 demo: toolchain ## the main job on real input, with a table at the end; needs root

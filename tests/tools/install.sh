@@ -10,6 +10,8 @@
 # `install.sh demo` installs what the demo needs instead, which is no Go and no containerd 2.x.
 # `install.sh bench` installs what the bench needs: all of the above but the suite, and into target/tools/bench its peer and its tool.
 # `install.sh clients` installs in addition the other containerds of tests/e2e/tests/clients.rs (`make clients`).
+# `install.sh soak` installs in addition qemu, and makes the machine of tests/e2e/tests/old_kernel.rs (`make soak`):
+#   target/tools/machine: a Debian 12 with the programs above and its kernel, which is never this machine's
 set -eu
 
 # The same numbers as CONTAINERD_2 and CONTAINERDS in tests/e2e/src/need.rs; the first also in tests/conformance/go.mod.
@@ -160,12 +162,41 @@ unpack_igzip() {
     chmod 755 "$at/igzip"
 }
 
+# A base system with its kernel, in a file system of its own. What it starts after the kernel comes with each test, on a second
+# disk. Made under another name, so that one that is there is whole.
+build_machine() {
+    machine=$tools/machine
+    [ ! -e "$machine/vmlinuz" ] || return 0
+    say 'making a machine with the kernel of Debian 12'
+    making=$tools/machine.making
+    rm -rf "$making"
+    mkdir -p "$making"
+    sources=/etc/apt/sources.list.d/debian.sources
+    [ -e $sources ] || sources=/etc/apt/sources.list
+    mmdebstrap --quiet --variant=minbase --include="$(echo "$BASE" kmod linux-image-cloud-amd64 | tr ' ' ',')" \
+        bookworm "$making/root" "$sources" >&2 || return 1
+    cat >"$making/root/sbin/millstream-machine" <<'END'
+#!/bin/sh
+mkdir -p /machine
+mount /dev/vdb /machine
+exec /machine/run
+END
+    chmod 755 "$making/root/sbin/millstream-machine"
+    cp -L "$making/root/initrd.img" "$making/root/vmlinuz" "$making" || return 1
+    truncate -s 8G "$making/root.ext4"
+    mkfs.ext4 -q -F -d "$making/root" "$making/root.ext4" || return 1
+    rm -rf "$making/root" "$machine"
+    mv "$making" "$machine"
+}
+
 [ "$(id -u)" = 0 ] || { say 'must run as root'; exit 1; }
 if [ "${1:-}" = compiler ]; then
     PACKAGES='gcc libc6-dev'
     install_packages
     exit
 fi
+BASE=$PACKAGES
+[ "${1:-}" != soak ] || PACKAGES="$PACKAGES qemu-system-x86"
 if [ "${1:-}" = bench ]; then
     PACKAGES="$PACKAGES gcc libc6-dev openssl util-linux zlib1g-dev"
     # The same program may come from elsewhere, in a package that this one conflicts with.
@@ -190,4 +221,5 @@ bench)
     ;;
 *) build_conformance || say "no suite for snapshotters: its tests will be skipped" ;;
 esac
+[ "${1:-}" != soak ] || build_machine || say 'no machine with the kernel of Debian 12: its test will be skipped'
 say 'done'

@@ -175,6 +175,13 @@ impl<C: Content> Filesystem for Adapter<C> {
         }
     }
 
+    fn forget(&self, request: &Request, _ino: INodeNo, _lookups: u64) {
+        // Nothing is kept, and nobody waits. But it takes a number, of which there must not be many that the journal has not seen.
+        if let Some(journal) = &self.journal {
+            journal.saw(request.unique().0);
+        }
+    }
+
     fn getattr(&self, request: &Request, ino: INodeNo, _fh: Option<FileHandle>, reply: ReplyAttr) {
         let Some(_entry) = self.begin(request, Operation::GetAttr, (ino, 0, 0), b"") else {
             return reply.error(Errno::EIO);

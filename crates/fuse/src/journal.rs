@@ -15,6 +15,8 @@ use std::time::Duration;
 
 use millstream_sys::shared::{SharedWords, create, now};
 
+use crate::taken::with_places;
+
 /// Requests that can be in it; what is beyond is served all the same. The kernel sends [`crate::adapter`]'s 64 at once in the
 /// background, and one for each thread that waits.
 const SLOTS: usize = 1024;
@@ -24,6 +26,8 @@ const PROBES: usize = 16;
 const FORM: u64 = u64::from_le_bytes(*b"msjourn1");
 /// Words before the first slot.
 const HEAD: usize = 8;
+/// Word of the head with the highest number that was seen. A program that does not know it leaves it alone, so it may be too low.
+const LATEST: usize = 1;
 /// Words of a slot.
 const SLOT: usize = 40;
 /// Bytes of the longest name, which the kernel limits.
@@ -63,7 +67,7 @@ pub enum Operation {
 }
 
 impl Operation {
-    const ALL: [Self; 14] = [
+    pub(crate) const ALL: [Self; 14] = [
         Self::LookUp,
         Self::GetAttr,
         Self::ReadLink,
@@ -105,7 +109,8 @@ pub struct Noted {
 /// The memory, as one process sees it.
 #[derive(Debug)]
 pub struct Journal {
-    words: SharedWords,
+    pub(crate) words: SharedWords,
+    pub(crate) descriptor: OwnedFd,
     /// Who writes.
     process: u64,
 }
@@ -157,17 +162,21 @@ struct Slot<'a> {
 }
 
 impl Journal {
+    /// Words of the head and the slots. What comes after them is [`crate::taken`]'s, and not there in older journals.
+    pub(crate) const WORDS: usize = HEAD + SLOTS * SLOT;
+
     /// Makes an empty one; the descriptor is for the processes that are to share it.
     ///
     /// # Errors
     /// Those of making and mapping the memory.
     pub fn create() -> io::Result<(OwnedFd, Self)> {
-        let descriptor = create("millstream-journal", HEAD + SLOTS * SLOT)?;
+        let descriptor = create("millstream-journal", with_places(Self::WORDS))?;
         let words = SharedWords::map(&descriptor)?;
         if let Some(form) = words.words().first() {
             form.store(FORM, Ordering::Release);
         }
-        Ok((descriptor, Self { words, process: u64::from(std::process::id()) }))
+        let journal = Self { words, descriptor: descriptor.try_clone()?, process: u64::from(std::process::id()) };
+        Ok((descriptor, journal))
     }
 
     /// The journal behind a descriptor of [`Journal::create`].
@@ -175,12 +184,13 @@ impl Journal {
     /// # Errors
     /// When it cannot be mapped, or has the form of another version.
     pub fn open(descriptor: impl AsFd) -> io::Result<Self> {
-        let words = SharedWords::map(descriptor)?;
+        let descriptor = descriptor.as_fd().try_clone_to_owned()?;
+        let words = SharedWords::map(&descriptor)?;
         let form = words.words().first().map(|form| form.load(Ordering::Acquire));
-        if form != Some(FORM) || words.words().len() < HEAD + SLOTS * SLOT {
+        if form != Some(FORM) || words.words().len() < Self::WORDS {
             return Err(io::Error::new(io::ErrorKind::InvalidData, "a journal of another form"));
         }
-        Ok(Self { words, process: u64::from(std::process::id()) })
+        Ok(Self { words, descriptor, process: u64::from(std::process::id()) })
     }
 
     fn slot(&self, number: usize) -> Option<Slot<'_>> {
@@ -207,6 +217,7 @@ impl Journal {
     /// Notes a request before the work on it begins. `request.unique` may have [`RESENT`].
     pub(crate) fn begin(self: &Arc<Self>, unique: u64, opcode: u32, about: (u64, u64, u32), name: &[u8]) -> Begun {
         let (resent, unique) = (unique & RESENT != 0, unique & !RESENT);
+        self.saw(unique);
         if resent && let Some((number, slot)) = self.find(unique) {
             let deaths = slot.history.load(Ordering::Acquire) & 0xff;
             let entry = Entry(Some((Arc::clone(self), number)));
@@ -217,17 +228,23 @@ impl Journal {
             slot.history.store(self.process << 32 | deaths, Ordering::Release);
             return Begun::Serve(entry);
         }
+        let request = (opcode, about, name);
+        Begun::Serve(Entry(self.note(self.process, unique, request).map(|number| (Arc::clone(self), number))))
+    }
+
+    /// Writes a request into a free slot, as one that `process` works on; 0: nobody yet.
+    fn note(&self, process: u64, unique: u64, request: (u32, (u64, u64, u32), &[u8])) -> Option<usize> {
+        let (opcode, (node, offset, size), name) = request;
         let unfinished = unique | UNFINISHED;
         for number in Self::places(unique) {
             let Some(slot) = self.slot(number) else { continue };
             if slot.unique.compare_exchange(0, unfinished, Ordering::AcqRel, Ordering::Relaxed).is_err() {
                 continue;
             }
-            let (node, offset, size) = about;
             slot.what.store(u64::from(opcode) << 32 | u64::from(size), Ordering::Relaxed);
             slot.node.store(node, Ordering::Relaxed);
             slot.offset.store(offset, Ordering::Relaxed);
-            slot.history.store(self.process << 32, Ordering::Relaxed);
+            slot.history.store(process << 32, Ordering::Relaxed);
             slot.since.store(now(), Ordering::Relaxed);
             let name = name.get(..MAX_NAME).unwrap_or(name);
             slot.name_len.store(name.len() as u64, Ordering::Relaxed);
@@ -237,9 +254,23 @@ impl Journal {
                 word.store(u64::from_le_bytes(whole), Ordering::Relaxed);
             }
             slot.unique.store(unique, Ordering::Release);
-            return Begun::Serve(Entry(Some((Arc::clone(self), number))));
+            return Some(number);
         }
-        Begun::Serve(Entry::none())
+        None
+    }
+
+    /// Keeps the number of a request that has come, for [`Journal::latest`].
+    pub(crate) fn saw(&self, unique: u64) {
+        if let Some(latest) = self.words.words().get(LATEST)
+            && latest.load(Ordering::Relaxed) < unique
+        {
+            latest.fetch_max(unique, Ordering::Relaxed);
+        }
+    }
+
+    /// The highest number of a request that a worker has begun with; 0: none.
+    pub(crate) fn latest(&self) -> u64 {
+        self.words.words().get(LATEST).map_or(0, |latest| latest.load(Ordering::Relaxed))
     }
 
     fn find(&self, unique: u64) -> Option<(usize, Slot<'_>)> {
@@ -277,6 +308,14 @@ impl Journal {
                 left.push(slot.noted(unique));
             }
         }
+        // They are noted like the others, so that what becomes of them outlives this process, too.
+        let mut taken = self.taken();
+        taken.retain(|request| left.iter().all(|noted| noted.unique != request.unique));
+        for request in &taken {
+            let about = (request.node, request.offset, request.size);
+            self.note(0, request.unique, (request.opcode, about, &request.name));
+        }
+        left.append(&mut taken);
         left
     }
 }

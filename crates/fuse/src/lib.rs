@@ -3,8 +3,10 @@
 pub mod adapter;
 pub mod errno;
 pub mod journal;
+mod orphans;
 mod replay;
 pub mod session;
+pub mod taken;
 
 pub use adapter::{Adapter, Content, ContentError};
 pub use journal::{Journal, Operation};

@@ -92,7 +92,7 @@ fn exchange(socket: &OwnedFd, device: &OwnedFd, left: &[Noted]) -> io::Result<()
 }
 
 /// The request as the kernel sends it.
-fn request(noted: &Noted) -> Vec<u8> {
+pub(crate) fn request(noted: &Noted) -> Vec<u8> {
     let mut body = Vec::new();
     match Operation::of(noted.opcode) {
         // struct fuse_read_in

@@ -10,10 +10,10 @@ use millstream_sys::fuse_device;
 use tracing::{info, warn};
 
 use crate::journal::Journal;
-use crate::replay;
+use crate::{orphans, replay};
 
 /// Threads that take requests from the kernel. More did not help on two cores; reads that wait do not hold a thread.
-const THREADS: usize = 4;
+pub(crate) const THREADS: usize = 4;
 /// Bytes of the longest answer to INIT (`struct fuse_out_header` and `struct fuse_init_out`: 80 today).
 const MAX_INIT_ANSWER: usize = 4096;
 
@@ -60,7 +60,8 @@ impl Session {
     /// `answer_init` gets the answer to the kernel's INIT if nobody gave one yet. It is for the owner of the connection, who
     /// writes it to the device and keeps it: were it written here, a death right after it would leave an answered connection
     /// that looks new. A later server is told the same INIT, answers nobody, and asks the kernel to send again what its
-    /// predecessor left unanswered; where the kernel cannot (before 6.9), that is answered from `journal`.
+    /// predecessor left unanswered; where the kernel cannot (before 6.9), that is answered from `journal`, and what is not in it
+    /// with an error.
     ///
     /// # Errors
     /// When the handshake fails, the device is gone, or `answer_init` fails.
@@ -94,10 +95,16 @@ impl Session {
                 if replay::sends_again(&connection.init) {
                     fuse_device::resend(&connection.device)?;
                 } else {
+                    if let Some(journal) = journal {
+                        orphans::give_up(&connection.device, journal, &left)?;
+                    }
                     replay::answer(fs_again, &connection.init, connection.device.try_clone()?, left)?;
                 }
                 info!("took over the FUSE connection");
             }
+        }
+        if let Some(journal) = journal.filter(|_| !replay::sends_again(&connection.init)) {
+            journal.keep_what_is_taken()?;
         }
         let invalidator = Invalidator(session.notifier());
         let thread = std::thread::Builder::new().name("fuse".into()).spawn(move || session.run())?;

@@ -6,19 +6,25 @@
 use std::fs;
 use std::io::Read;
 use std::os::fd::{AsFd, OwnedFd};
+use std::os::unix::fs::OpenOptionsExt;
 use std::path::Path;
 use std::process::{Child, Command};
 use std::sync::atomic::{AtomicBool, Ordering};
-use std::sync::{Arc, Mutex, MutexGuard, PoisonError};
+use std::sync::{Arc, Mutex, MutexGuard, PoisonError, mpsc};
 use std::time::{Duration, Instant};
 
 use millstream_fuse::adapter::{Later, MAX_READ, ReadRequest};
+use millstream_fuse::taken::BUFFER;
 use millstream_fuse::{Adapter, Connection, Content, ContentError, Journal, Operation, Session};
 use millstream_layerfs::{LayerFs, NodeId, View, ViewLayer, build_view};
 use millstream_sys::fuse_device::{self, message_pair, write_message};
 use millstream_sys::process::{spawn_with, take_passed};
 use millstream_toc::build::{BuildOptions, Compression, build};
 use millstream_toc::{DataRange, Toc};
+
+/// As millstreamd has it.
+#[global_allocator]
+static ALLOCATOR: millstream_sys::lent::Lender = millstream_sys::lent::Lender;
 
 const ROLE: &str = "MILLSTREAM_TEST_SERVER";
 const VIEW: u32 = 1;
@@ -93,6 +99,15 @@ fn server_process() {
     let journal = Arc::new(Journal::open(&journal).unwrap());
     let init = receive(&control);
     let answer = Some(receive(&control)).filter(|answer| answer != b"first");
+    match role.as_str() {
+        // The kernel wants room for the largest write that was agreed on.
+        "orphans" => return take_and_note_nothing(&control, &device, vec![0; 2 * MAX_READ as usize]),
+        "takes" => {
+            journal.keep_what_is_taken().unwrap();
+            return take_and_note_nothing(&control, &device, vec![0; BUFFER]);
+        }
+        _ => {}
+    }
     let runtime = tokio::runtime::Runtime::new().unwrap();
     let content = Arc::new(Half { answers: role == "answers", set_aside: AtomicBool::new(false) });
     let adapter = Adapter::new(layer_fs(), content, runtime.handle().clone(), Some(Arc::clone(&journal)));
@@ -104,6 +119,14 @@ fn server_process() {
         write_message(control.as_fd(), b"took over").unwrap();
     }
     session.wait().unwrap();
+}
+
+/// A server at the moment between taking a request and noting it. Its end comes from outside.
+fn take_and_note_nothing(control: &OwnedFd, device: &OwnedFd, mut buffer: Vec<u8>) {
+    write_message(control.as_fd(), b"took over").unwrap();
+    let len = fs::File::from(device.try_clone().unwrap()).read(&mut buffer).unwrap();
+    write_message(control.as_fd(), &buffer[..len.min(1000)]).unwrap();
+    receive(control);
 }
 
 fn receive(socket: &OwnedFd) -> Vec<u8> {
@@ -133,7 +156,7 @@ fn mount() -> Mount {
     Mount { path, mounted, shared, journal }
 }
 
-struct Server(Child);
+struct Server(Child, OwnedFd);
 
 impl Server {
     /// Kills it; `by_itself`: as far as the journal is told, it has died of what it was doing.
@@ -155,12 +178,12 @@ fn start(mount: &Mount, role: &str, answer: Option<&[u8]>) -> (Server, Vec<u8>) 
     let (ours, theirs) = message_pair().unwrap();
     let mut command = Command::new(std::env::current_exe().unwrap());
     command.args(["--exact", "server_process", "--test-threads=1"]).env(ROLE, role);
-    let server =
-        Server(spawn_with(command, &[mount.mounted.device.as_fd(), theirs.as_fd(), mount.shared.as_fd()]).unwrap());
+    let passed = [mount.mounted.device.as_fd(), theirs.as_fd(), mount.shared.as_fd()];
+    let server = Server(spawn_with(command, &passed).unwrap(), ours);
     drop(theirs);
-    write_message(ours.as_fd(), &mount.mounted.init).unwrap();
-    write_message(ours.as_fd(), answer.unwrap_or(b"first")).unwrap();
-    let answer = receive(&ours);
+    write_message(server.1.as_fd(), &mount.mounted.init).unwrap();
+    write_message(server.1.as_fd(), answer.unwrap_or(b"first")).unwrap();
+    let answer = receive(&server.1);
     assert!(!answer.is_empty(), "the server did not start");
     if answer != b"took over" {
         write_message(mount.mounted.device.as_fd(), &answer).unwrap();
@@ -243,6 +266,129 @@ fn what_waits_is_answered_from_the_journal_where_the_kernel_does_not_send_it_aga
     assert!(reader.join().unwrap() == expected);
     let names: Vec<_> = fs::read_dir(&dir).unwrap().map(|entry| entry.unwrap().file_name()).collect();
     assert_eq!(names, ["quick", "slow"]);
+}
+
+/// What `work` comes to when a server on a kernel before 6.9 dies between taking the first request of it and noting that.
+/// Another read waits all the while, which was noted and has to get its bytes. The `role` of that server: `takes` as it is, into
+/// memory that outlives it; `orphans` as under a supervisor that has no such memory.
+fn orphaned<P: Send + 'static, T: Send + 'static>(
+    role: &str,
+    prepare: impl FnOnce(&Path) -> P,
+    opcode: Operation,
+    work: impl FnOnce(P) -> T + Send + 'static,
+) -> Option<T> {
+    let _turn = turn()?;
+    let mut mount = mount();
+    mount.mounted.init[56] &= !(1 << 7);
+    let dir = mount.path.path().join(VIEW.to_string()).join("dir");
+    let (first, answer) = start(&mount, "stalls", None);
+    let prepared = prepare(&dir);
+    let slow = dir.join("slow");
+    let reader = std::thread::spawn(move || fs::read(slow).unwrap());
+    wait_for_a_waiting_reader();
+    first.die(&mount, true);
+
+    let (second, _) = start(&mount, role, Some(&answer));
+    let (done, result) = mpsc::channel();
+    std::thread::spawn(move || done.send(work(prepared)));
+    let taken = receive(&second.1);
+    assert_eq!(taken[4..8], (opcode as u32).to_le_bytes(), "another request than the one that is meant");
+    second.die(&mount, false);
+
+    let (_third, _) = start(&mount, "answers", Some(&answer));
+    // Else it waits for ever.
+    let result = result.recv_timeout(Duration::from_secs(10)).unwrap();
+    let expected: Vec<u8> = (0..100_000).map(byte_at).collect();
+    assert!(reader.join().unwrap() == expected);
+    Some(result)
+}
+
+/// From the directory on: what leads there is looked up anew each time.
+fn read_quick(dir: fs::File) -> std::io::Result<Vec<u8>> {
+    let file = rustix::fs::openat(dir, "quick", rustix::fs::OFlags::RDONLY, rustix::fs::Mode::empty())?;
+    read_all(file.into())
+}
+
+fn read_all(mut file: fs::File) -> std::io::Result<Vec<u8>> {
+    let mut content = Vec::new();
+    file.read_to_end(&mut content).map(|_| content)
+}
+
+#[test]
+fn a_look_up_that_was_taken_and_not_noted_is_tried_again_by_the_kernel() {
+    let prepare = |dir: &Path| fs::File::open(dir).unwrap();
+    let Some(read) = orphaned("orphans", prepare, Operation::LookUp, read_quick) else { return };
+    assert_eq!(read.unwrap(), b"t hand");
+}
+
+#[test]
+fn an_open_that_was_taken_and_not_noted_is_tried_again_by_the_kernel() {
+    let prepare = |dir: &Path| {
+        fs::metadata(dir.join("quick")).unwrap();
+        fs::File::open(dir).unwrap()
+    };
+    let Some(read) = orphaned("orphans", prepare, Operation::Open, read_quick) else { return };
+    assert_eq!(read.unwrap(), b"t hand");
+}
+
+#[test]
+fn a_read_that_was_taken_and_not_noted_is_tried_again_by_the_kernel() {
+    let prepare = |dir: &Path| fs::File::open(dir.join("quick")).unwrap();
+    let Some(read) = orphaned("orphans", prepare, Operation::Read, read_all) else { return };
+    assert_eq!(read.unwrap(), b"t hand");
+}
+
+fn open_direct(dir: &Path) -> fs::File {
+    let direct = rustix::fs::OFlags::DIRECT.bits().try_into().unwrap();
+    fs::File::options().read(true).custom_flags(direct).open(dir.join("quick")).unwrap()
+}
+
+/// Nothing stands between it and the program that could try again.
+#[test]
+fn a_read_past_the_page_cache_that_was_taken_and_not_noted_ends_with_an_error() {
+    let Some(read) = orphaned("orphans", open_direct, Operation::Read, read_all) else { return };
+    assert_eq!(read.unwrap_err().raw_os_error(), Some(rustix::io::Errno::STALE.raw_os_error()));
+}
+
+#[test]
+fn a_read_past_the_page_cache_is_found_in_the_buffer_of_who_took_it() {
+    let Some(read) = orphaned("takes", open_direct, Operation::Read, read_all) else { return };
+    assert_eq!(read.unwrap(), b"t hand");
+}
+
+#[test]
+fn a_listing_is_found_in_the_buffer_of_who_took_it() {
+    let prepare = |dir: &Path| {
+        // Opened, and nothing read yet.
+        fs::read_dir(dir).unwrap()
+    };
+    let list = |listing: fs::ReadDir| -> Vec<_> { listing.map(|entry| entry.unwrap().file_name()).collect() };
+    let Some(names) = orphaned("takes", prepare, Operation::ReadDirPlus, list) else { return };
+    assert_eq!(names, ["quick", "slow"]);
+}
+
+#[test]
+fn a_name_is_found_in_the_buffer_of_who_took_it() {
+    let prepare = |dir: &Path| fs::File::open(dir).unwrap();
+    let find = |dir: fs::File| rustix::fs::statat(dir, "none", rustix::fs::AtFlags::empty()).map(|_| ());
+    let Some(found) = orphaned("takes", prepare, Operation::LookUp, find) else { return };
+    assert_eq!(found, Err(rustix::io::Errno::NOENT));
+}
+
+/// What the tests above stand on: that fuser reads into a buffer of the size that is looked for.
+#[test]
+fn the_threads_of_a_server_read_into_memory_that_outlives_it_on_old_kernels() {
+    let Some(_turn) = turn() else { return };
+    let mut mount = mount();
+    mount.mounted.init[56] &= !(1 << 7);
+    let dir = mount.path.path().join(VIEW.to_string()).join("dir");
+    let (first, _) = start(&mount, "answers", None);
+    assert_eq!(fs::read(dir.join("quick")).unwrap(), b"t hand");
+    first.die(&mount, false);
+    let taken = mount.journal.taken();
+    let read = taken.iter().find(|noted| noted.opcode == Operation::Read as u32).unwrap();
+    assert_eq!((read.offset, read.unique % 2), (0, 0));
+    assert!(read.size >= 4096);
 }
 
 fn a_poison_is_refused(sends_again: bool) {

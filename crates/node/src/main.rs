@@ -12,6 +12,10 @@ use millstream_settings::node::Settings;
 use millstream_settings::{LogFormat, LogSettings};
 use tracing_subscriber::EnvFilter;
 
+/// For the buffers of FUSE requests, which are to outlive a worker.
+#[global_allocator]
+static ALLOCATOR: millstream_sys::lent::Lender = millstream_sys::lent::Lender;
+
 fn main() -> std::process::ExitCode {
     match run() {
         Ok(()) => std::process::ExitCode::SUCCESS,

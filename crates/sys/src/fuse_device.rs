@@ -10,6 +10,7 @@ use std::io::{self, Read, Write};
 use std::os::fd::{AsFd, AsRawFd, BorrowedFd, FromRawFd, OwnedFd};
 use std::path::Path;
 
+use rustix::io::Errno;
 use rustix::mount::{MountFlags, UnmountFlags};
 
 /// Opcode of the INIT request (`FUSE_INIT` in linux/fuse.h).
@@ -91,6 +92,24 @@ pub fn resend(device: impl AsFd) -> io::Result<()> {
     message[0..4].copy_from_slice(&16u32.to_le_bytes());
     message[4..8].copy_from_slice(&NOTIFY_RESEND.to_le_bytes());
     write_message(device.as_fd(), &message)
+}
+
+/// Answers the request `unique` with `errno`. Says whether somebody waited for it: the kernel had handed it out, and nobody had
+/// answered it.
+///
+/// # Errors
+/// Those of `write(2)`, but for the one that says that nobody waited.
+pub fn answer_with_error(device: BorrowedFd<'_>, unique: u64, errno: Errno) -> io::Result<bool> {
+    // struct fuse_out_header
+    let mut message = [0u8; 16];
+    message[0..4].copy_from_slice(&16u32.to_le_bytes());
+    message[4..8].copy_from_slice(&(-errno.raw_os_error()).to_le_bytes());
+    message[8..16].copy_from_slice(&unique.to_le_bytes());
+    match rustix::io::write(device, &message) {
+        Ok(_) => Ok(true),
+        Err(Errno::NOENT) => Ok(false),
+        Err(error) => Err(error.into()),
+    }
 }
 
 /// Writes one whole message (an answer or a notification) to the connection.

@@ -28,6 +28,8 @@ pub enum Need {
     Containerd(&'static str),
     /// containerd's own suite for snapshotters, as `tests/tools/install.sh` builds it.
     Conformance,
+    /// A base system with the kernel of Debian 12, as `tests/tools/install.sh soak` makes it.
+    Machine,
     /// A program of this project, built in the same profile as the test.
     Product(&'static str),
 }
@@ -41,6 +43,7 @@ impl Need {
             Self::Containerd2 => Self::Containerd(CONTAINERD_2).is_met(),
             Self::Containerd(release) => containerd_dir(release).join("containerd").is_file(),
             Self::Conformance => conformance_suite().is_file(),
+            Self::Machine => machine_dir().join("vmlinuz").is_file(),
             Self::Product(name) => product(name).is_some(),
         }
     }
@@ -52,6 +55,7 @@ impl Need {
             Self::Containerd2 => format!("containerd {CONTAINERD_2} (tests/tools/install.sh)"),
             Self::Containerd(release) => format!("containerd {release} (tests/tools/install.sh clients)"),
             Self::Conformance => "containerd's suite for snapshotters (tests/tools/install.sh)".to_owned(),
+            Self::Machine => "a machine with the kernel of Debian 12 (tests/tools/install.sh soak)".to_owned(),
             Self::Product(name) => format!("{name} (cargo build --bin {name})"),
         }
     }
@@ -119,6 +123,11 @@ pub fn bench_tool(name: &str) -> Option<PathBuf> {
 /// The program that `tests/tools/install.sh` makes of `tests/conformance`.
 pub fn conformance_suite() -> PathBuf {
     tools().join("conformance.test")
+}
+
+/// Where `tests/tools/install.sh soak` puts root, kernel and initial file system of [`crate::machine`].
+pub fn machine_dir() -> PathBuf {
+    tools().join("machine")
 }
 
 fn tools() -> PathBuf {

@@ -32,6 +32,7 @@ const PROGRAMS: &[&str] = &[
     "soci",
     "soci-snapshotter-grpc",
     "ip",
+    "qemu-system-x86_64",
 ];
 /// Ours, by the beginning of the name.
 const OURS: &str = "millstream";
