@@ -79,7 +79,8 @@ soak: toolchain ## deaths, cut disks and damage, at length; needs root
 	tests/tools/install.sh soak
 	cargo test --workspace --no-run --locked
 	tests/tools/test.sh --workspace --test takeover --test old_kernel --test upgrade --test power_cut --test damage -- --ignored --nocapture
-	MILLSTREAM_SCHEDULES=200000 cargo test --locked -p millstream-prefetch -p millstream-node --lib schedules
+	MILLSTREAM_SCHEDULES=200000 cargo test --locked -p millstream-prefetch -p millstream-chunkstore -p millstream-layerfs \
+		-p millstream-node --lib schedules
 
 demo: toolchain ## the main job on real input, with a table at the end; needs root
 	tests/tools/install.sh demo

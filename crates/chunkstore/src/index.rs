@@ -7,8 +7,8 @@ use millstream_oci::Digest;
 use redb::{Database, ReadableDatabase, ReadableTable, TableDefinition, WriteTransaction};
 use serde::{Deserialize, Serialize};
 
+use crate::StoreError;
 use crate::durable::{Faults, Step};
-use crate::{LayerState, StoreError};
 
 /// The largest layer or view number: 23 bits of a node id.
 pub const MAX_NUMBER: u32 = (1 << 23) - 1;
@@ -23,6 +23,21 @@ const VIEW_KEYS: TableDefinition<'_, &[u8], u32> = TableDefinition::new("chunkst
 const VIEW_SUMS: TableDefinition<'_, u32, &[u8]> = TableDefinition::new("chunkstore.view-sums");
 /// Kind of number -> the last one given out.
 const COUNTERS: TableDefinition<'_, &str, u32> = TableDefinition::new("chunkstore.counters");
+
+/// How far a layer can be trusted.
+#[derive(Debug, Clone, PartialEq, Eq, Serialize, Deserialize)]
+#[serde(rename_all = "kebab-case")]
+pub enum LayerState {
+    /// Its TOC is as good as whoever served it; chunks come as they are needed.
+    Lazy,
+    /// Wholly local, and the TOC was proven against blob digest and diff ID.
+    Verified,
+    /// Proven wrong. Nothing of it may be read.
+    Quarantined {
+        /// What was found.
+        reason: String,
+    },
+}
 
 /// What is known of a layer besides its files.
 #[derive(Debug, Clone, PartialEq, Eq, Serialize, Deserialize)]

@@ -5,8 +5,7 @@ use std::io;
 use std::ops::Range;
 use std::os::unix::fs::{FileExt, MetadataExt};
 use std::path::{Path, PathBuf};
-use std::sync::atomic::{AtomicBool, AtomicU64, Ordering};
-use std::sync::{Arc, Mutex, PoisonError, RwLock};
+use std::sync::Arc;
 use std::time::{Duration, SystemTime, UNIX_EPOCH};
 
 use millstream_oci::Digest;
@@ -14,31 +13,20 @@ use millstream_sys::map::GuardedMap;
 use millstream_toc::format::{ChunkIx, DATA_ALIGN, NONE};
 use millstream_toc::read::Chunk;
 use millstream_toc::{CHUNK_SIZE, DataRange, Toc};
-use serde::{Deserialize, Serialize};
 
 use self::partial::Partial;
-use crate::durable::{self, Faults, Step};
-use crate::index::{Index, LayerRecord};
-use crate::presence::{self, Presence};
-use crate::{Space, StoreError};
+use super::durable::{self, Faults, Step};
+use super::index::{Index, LayerRecord, LayerState};
+use super::presence::{self, Presence};
+use super::sync::atomic::{AtomicBool, AtomicU64, Ordering};
+use super::sync::{Mutex, PoisonError, RwLock};
+use super::{Space, StoreError};
 
+// Found from `schedules` as well.
+#[path = "layer/evict.rs"]
 mod evict;
+#[path = "layer/partial.rs"]
 mod partial;
-
-/// How far a layer can be trusted.
-#[derive(Debug, Clone, PartialEq, Eq, Serialize, Deserialize)]
-#[serde(rename_all = "kebab-case")]
-pub enum LayerState {
-    /// Its TOC is as good as whoever served it; chunks come as they are needed.
-    Lazy,
-    /// Wholly local, and the TOC was proven against blob digest and diff ID.
-    Verified,
-    /// Proven wrong. Nothing of it may be read.
-    Quarantined {
-        /// What was found.
-        reason: String,
-    },
-}
 
 /// What [`StoreError::Damaged`] calls the data file.
 pub(crate) const DATA_FILE: &str = "data file";

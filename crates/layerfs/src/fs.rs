@@ -1,12 +1,13 @@
 //! The file system that the mount shows: its root lists the views, and each view is a merged tree.
 
 use std::collections::BTreeMap;
-use std::sync::{Arc, PoisonError, RwLock, RwLockReadGuard, RwLockWriteGuard};
+use std::sync::Arc;
 
 use millstream_toc::format::Kind;
 use millstream_toc::read::{Inode, MAX_NAME};
 use millstream_toc::{DataRange, FormatError, Toc};
 
+use super::sync::{PoisonError, RwLock, RwLockReadGuard, RwLockWriteGuard};
 use crate::attr::{Attr, shows_xattr};
 use crate::node_id::{Decoded, NodeId};
 use crate::view::{Attributes, Target, View, shows_opaque};

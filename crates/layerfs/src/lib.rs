@@ -1,4 +1,5 @@
 #![doc = include_str!("../README.md")]
+#![cfg_attr(test, allow(clippy::duplicate_mod, reason = "`schedules` has the same file with other locks"))]
 
 mod attr;
 mod below;
@@ -8,6 +9,9 @@ mod node_id;
 #[cfg(test)]
 #[allow(clippy::unwrap_used, clippy::cast_possible_truncation, reason = "a test that panics has found something")]
 mod run_reference;
+#[cfg(test)]
+mod schedules;
+mod sync;
 mod view;
 mod view_build;
 mod view_format;

@@ -24,6 +24,7 @@ pub mod make_local;
 pub mod metrics;
 pub mod mount_keeper;
 pub mod origin;
+mod outside;
 pub mod page;
 pub mod program;
 pub mod quota;

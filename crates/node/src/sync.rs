@@ -1,3 +1,5 @@
-//! Locks of what the tests also run under a scheduler of their own, with others in their place.
+//! Locks and threads of what the tests also run under a scheduler of their own, with others in their place.
 
 pub(crate) use std::sync::{Mutex, MutexGuard, PoisonError};
+
+pub(crate) use tokio::task::spawn_blocking;

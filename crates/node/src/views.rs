@@ -4,7 +4,7 @@ use std::collections::{BTreeMap, HashSet};
 use std::ffi::OsStr;
 use std::os::unix::ffi::OsStrExt;
 use std::path::PathBuf;
-use std::sync::{Arc, Mutex, PoisonError};
+use std::sync::Arc;
 
 use anyhow::{Context, anyhow};
 use millstream_chunkstore::{Layer, Store, ViewKey};
@@ -12,7 +12,8 @@ use millstream_layerfs::{Below, LayerFs, View, ViewLayer, build_view};
 use millstream_oci::Digest;
 use tracing::info;
 
-use crate::admission::Admission;
+use super::admission::Admission;
+use super::sync::{Mutex, PoisonError, spawn_blocking};
 use crate::below::LowerDirs;
 use crate::damage::{self, Damages};
 use crate::readahead::Readahead;
@@ -164,7 +165,7 @@ impl Views {
             below: below.iter().map(|dir| dir.as_os_str().as_bytes()).collect::<Vec<_>>().join(&b':'),
         };
         let (this, run) = (Arc::clone(self), run.to_vec());
-        let shown = tokio::task::spawn_blocking(move || this.admission.show(&run, || this.ensure(&key))).await?;
+        let shown = spawn_blocking(move || this.admission.show(&run, || this.ensure(&key))).await?;
         let number = shown.context("a layer is being removed")??;
         Ok(self.mountpoint.join(number.to_string()))
     }

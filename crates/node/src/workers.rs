@@ -5,24 +5,23 @@ use std::os::fd::{AsFd, BorrowedFd};
 use std::os::unix::net::UnixListener;
 use std::os::unix::process::ExitStatusExt;
 use std::path::Path;
-use std::process::{Child, ExitStatus};
+use std::process::ExitStatus;
 use std::rc::Rc;
-use std::time::{Duration, Instant};
+use std::time::Duration;
 
 use anyhow::{Context, anyhow, bail};
 use millstream_settings::node::Settings;
 use millstream_source::names;
 use millstream_sys::fuse_device;
-use millstream_sys::process::spawn_with;
-use millstream_sys::signals::Signals;
 use rustix::event::{PollFd, PollFlags, Timespec, poll};
 use rustix::process::Signal;
 use tracing::{error, info, warn};
 
+use super::outside::{Child, Instant, Mounting, Signals, spawn_with, terminate};
 use crate::line::{Line, PROTOCOL, Report, Start};
 use crate::program::{Program, Version, read_settings};
 use crate::service;
-use crate::supervisor::{Mounting, mountpoint};
+use crate::supervisor::mountpoint;
 use crate::upgrade::Requests;
 
 /// First pause before a worker that died is started again; doubled with every death, reset after [`GOOD_LIFE`].
@@ -379,9 +378,8 @@ impl<'a> Workers<'a> {
     /// Asks the worker to end, and sees to it. Says whether we were asked to stop meanwhile.
     fn stop(&self, worker: &mut Worker, patience: Duration) -> anyhow::Result<bool> {
         info!(pid = worker.child.id(), "stopping the worker");
-        let pid = rustix::process::Pid::from_child(&worker.child);
         if worker.child.try_wait()?.is_none() {
-            rustix::process::kill_process(pid, Signal::TERM)?;
+            terminate(&worker.child)?;
         }
         let (deadline, mut asked) = (Instant::now() + patience, false);
         while worker.child.try_wait()?.is_none() {

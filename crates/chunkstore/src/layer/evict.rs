@@ -10,18 +10,18 @@
 //! - On the disk, the presence file without the chunks comes first, then, for a layer that was verified, the record that
 //!   it is lazy again, each of them synced; then the holes. A crash between any two of these leaves chunks that are there and do
 //!   not count, never the other way round.
+//!
+//! `schedules` runs this file and that of the layer under a scheduler that tries orders out.
 
 use std::ops::Range;
-use std::sync::PoisonError;
-use std::sync::atomic::Ordering;
 
 use millstream_toc::format::{ChunkIx, DATA_ALIGN};
 use millstream_toc::read::Chunk;
 use rustix::fs::FallocateFlags;
 
-use super::{Layer, LayerState, stored_len};
-use crate::durable::{self, Step};
-use crate::{StoreError, presence};
+use super::super::sync::PoisonError;
+use super::super::sync::atomic::Ordering;
+use super::{Layer, LayerState, Step, StoreError, durable, presence, stored_len};
 
 /// Chunks that are given up in one go, and where they lie.
 #[derive(Debug, Default)]

@@ -5,15 +5,15 @@
 //! file, which nobody touches while the chunk is not present: an eviction makes holes only where chunks are.
 
 use std::collections::HashMap;
-use std::sync::atomic::{AtomicUsize, Ordering};
-use std::sync::{Mutex, MutexGuard, PoisonError};
+use std::os::unix::fs::FileExt;
 
 use millstream_toc::DataRange;
 use millstream_toc::format::{ChunkIx, DATA_ALIGN};
 use millstream_toc::read::{Chunk, PageMask};
 
-use super::{Layer, StoreError};
-use crate::durable::Step;
+use super::super::sync::atomic::{AtomicUsize, Ordering};
+use super::super::sync::{Mutex, PoisonError};
+use super::{Layer, Step, StoreError};
 
 /// Which pages are here of chunks that are not whole.
 #[derive(Debug, Default)]
@@ -24,16 +24,12 @@ pub(super) struct Partial {
 }
 
 impl Partial {
-    fn lock(&self) -> MutexGuard<'_, HashMap<ChunkIx, PageMask>> {
-        self.pages.lock().unwrap_or_else(PoisonError::into_inner)
-    }
-
     /// Takes those chunks out that can be read as far as `range` goes.
     pub(super) fn retain_unreadable(&self, chunks: &mut Vec<Chunk>, range: DataRange) {
         if chunks.is_empty() || self.count.load(Ordering::Acquire) == 0 {
             return;
         }
-        let pages = self.lock();
+        let pages = self.pages.lock().unwrap_or_else(PoisonError::into_inner);
         chunks.retain(|chunk| {
             let wanted = chunk.pages(range);
             pages.get(&chunk.ix).is_none_or(|have| have & wanted != wanted)
@@ -43,21 +39,21 @@ impl Partial {
     /// The chunk is whole now, or nothing of it counts any more.
     pub(super) fn forget(&self, chunk: ChunkIx) {
         if self.count.load(Ordering::Acquire) > 0 {
-            let mut pages = self.lock();
+            let mut pages = self.pages.lock().unwrap_or_else(PoisonError::into_inner);
             pages.remove(&chunk);
             self.count.store(pages.len(), Ordering::Release);
         }
     }
 
     pub(super) fn clear(&self) {
-        let mut pages = self.lock();
+        let mut pages = self.pages.lock().unwrap_or_else(PoisonError::into_inner);
         pages.clear();
         self.count.store(0, Ordering::Release);
     }
 
     /// Adds pages; whether the chunk is whole with them.
     fn add(&self, chunk: &Chunk, new: PageMask) -> bool {
-        let mut pages = self.lock();
+        let mut pages = self.pages.lock().unwrap_or_else(PoisonError::into_inner);
         let have = pages.entry(chunk.ix).or_default();
         *have |= new;
         let whole = *have == chunk.pages(chunk.data);
@@ -97,7 +93,7 @@ impl Layer {
             let at = chunk.data.start + start;
             self.faults
                 .before(Step::WriteData, &self.data_path)
-                .and_then(|()| std::os::unix::fs::FileExt::write_all_at(&self.data, bytes, at))
+                .and_then(|()| self.data.write_all_at(bytes, at))
                 .map_err(|e| StoreError::io("write", &self.data_path, e))?;
             new |= chunk.pages(DataRange::with_len(at, bytes.len() as u64));
         }

@@ -1,0 +1,3 @@
+//! Locks and atomics of what the tests also run under a scheduler of their own, with others in their place.
+
+pub(crate) use std::sync::{Mutex, PoisonError, RwLock, atomic};
