@@ -193,6 +193,37 @@ fn nobody_reads_a_hole_as_content() {
     });
 }
 
+/// Seen to fail with: pages that still count after their chunk was given up.
+#[test]
+fn nobody_reads_a_hole_as_pages() {
+    explore(|| {
+        let node = Node::new(false);
+        let long = chunks(node.layer.toc())[1];
+        let pages = move |node: &Node| {
+            let bytes = bytes_of(long);
+            for (start, page) in [(0, &bytes[..4096]), (4096, &bytes[4096..])] {
+                match node.layer.write_pages(long, &[(start, page)]) {
+                    Ok(()) | Err(StoreError::NoSpace { .. }) => {}
+                    Err(error) => panic!("{error}"),
+                }
+            }
+        };
+        let read = move |node: &Node| {
+            for page in bytes_of(long).chunks(4096).zip(0..) {
+                let range = DataRange::with_len(long.data.start + page.1 * 4096, page.0.len() as u64);
+                let mut out = vec![0; page.0.len()];
+                if node.layer.read(range, &mut out).unwrap().is_empty() {
+                    assert!(out == page.0, "page {} reads as something else", page.1);
+                }
+            }
+        };
+        let evict = |node: &Node| _ = node.layer.evict(u64::MAX).unwrap();
+        end([task(&node, evict), task(&node, pages), task(&node, Node::write_all), task(&node, read)]);
+        end([task(&node, evict), task(&node, read)]);
+        read(&node);
+    });
+}
+
 /// Seen to fail with: holes that are made before the disk has forgotten the chunks; no record that a verified layer is lazy again;
 /// a proof that does not wait for an eviction.
 #[test]

@@ -63,7 +63,11 @@ impl Layer {
         {
             let mut evicting = self.content.write().unwrap_or_else(PoisonError::into_inner);
             *evicting = true;
-            victims.chunks.iter().for_each(|chunk| self.presence.clear(chunk.ix));
+            for chunk in &victims.chunks {
+                self.presence.clear(chunk.ix);
+                // Of one that came whole while its pages came as well.
+                self.partial.forget(chunk.ix);
+            }
         }
         let result = self.forget(&victims, &mut durable);
         match &result {

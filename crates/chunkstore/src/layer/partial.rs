@@ -120,7 +120,6 @@ fn is_pages(chunk: &Chunk, start: u64, len: u64) -> bool {
 #[cfg(test)]
 mod tests {
     use super::*;
-    use millstream_toc::CHUNK_SIZE;
 
     fn chunk(len: u64) -> Chunk {
         Chunk { ix: 3, data: DataRange::with_len(8192, len) }
@@ -132,22 +131,5 @@ mod tests {
         assert!(is_pages(&short, 4096, 904) && is_pages(&short, 0, 4096) && is_pages(&short, 0, 5000));
         assert!(!is_pages(&short, 4096, 903) && !is_pages(&short, 1, 4096) && !is_pages(&short, 0, 8192));
         assert!(!is_pages(&short, 0, 0));
-    }
-
-    #[test]
-    fn a_chunk_is_readable_as_far_as_its_pages_go() {
-        let partial = Partial::default();
-        let full = chunk(CHUNK_SIZE);
-        assert!(!partial.add(&full, 0b110));
-        let missing = |start, end| {
-            let mut chunks = vec![full];
-            partial.retain_unreadable(&mut chunks, DataRange::new(full.data.start + start, full.data.start + end));
-            !chunks.is_empty()
-        };
-        assert!(!missing(4096, 12288) && !missing(5000, 5001));
-        assert!(missing(4095, 5000) && missing(4096, 12289) && missing(0, CHUNK_SIZE));
-        assert!(partial.add(&full, 0b1111_1001));
-        partial.forget(full.ix);
-        assert!(missing(4096, 12288));
     }
 }
