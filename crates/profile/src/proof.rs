@@ -14,7 +14,8 @@ use crate::run::PAGE_SIZE;
 
 /// Bytes of a chaining value.
 const CV: usize = 32;
-const PAGE: usize = PAGE_SIZE as usize;
+const PAGE: usize = 4096;
+const _: () = assert!(PAGE as u64 == PAGE_SIZE);
 
 /// Why bytes do not prove pages.
 #[derive(Debug, Clone, Copy, PartialEq, Eq, thiserror::Error)]
