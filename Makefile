@@ -3,10 +3,10 @@
 # The oldest toolchain that can build it; Cargo.toml says the same to cargo.
 RUST := 1.90
 
-.PHONY: help build install check fmt lint test unit e2e clients big soak demo bench fuzz docs deny tools toolchain
+.PHONY: help build install check fmt lint test unit e2e clients big soak demo bench bench-quick bench-full bench-built fuzz docs deny tools toolchain
 
 help: ## list the doors
-	@awk -F':.*## ' '/^[a-z0-9-]+:.*## / { printf "  make %-10s %s\n", $$1, $$2 }' Makefile
+	@awk -F':.*## ' '/^[a-z0-9-]+:.*## / { printf "  make %-11s %s\n", $$1, $$2 }' Makefile
 
 toolchain:
 	@command -v cargo >/dev/null || { echo "cargo is missing; hint: install Rust $(RUST) or newer with rustup" >&2; exit 1; }
@@ -85,11 +85,18 @@ demo: toolchain ## the main job on real input, with a table at the end; needs ro
 	cargo build --release --workspace --bins --locked
 	target/release/millstream-demo
 
-bench: toolchain ## the jobs of the demo five times each, on containerd 1.6 and 2.x (some minutes); needs root
-	tests/tools/install.sh demo
-	tests/tools/install.sh
+bench: bench-built ## time to ready, bytes and processor time beside containerd and stargz (two hours, resumed if stopped); needs root
+	target/release/millstream-bench run
+
+bench-quick: bench-built ## the same of one image on one link, three runs (ten minutes once the image is made)
+	target/release/millstream-bench run --quick
+
+bench-full: bench-built ## the same with every image, peer and setting (a night, 60 GB of disk)
+	target/release/millstream-bench run --full
+
+bench-built: toolchain
+	tests/tools/install.sh bench
 	cargo build --release --workspace --bins --locked
-	target/release/millstream-demo --rounds 5 --containerd2
 
 fuzz: ## every fuzz target for FUZZ_SECONDS (300); needs cargo-fuzz and a nightly toolchain
 	tests/fuzz/run.sh

@@ -4,72 +4,9 @@
 # them into an image. Needs root, mmdebstrap and the package sources of this machine.
 #
 #   web-image.sh OUT
-set -eu
+. "$(dirname -- "$0")/stages.sh"
 
-mkdir -p "$1"
-# Whole, as the kernel's table of mounts has it.
-out=$(CDPATH='' cd -- "$1" && pwd -P)
-suite=bookworm
-work=$out/.work
-
-cleanup() {
-    # Deepest first; a chroot leaves nothing else behind.
-    awk -v under="$work/" 'index($2, under) == 1 { print $2 }' /proc/self/mounts | sort -r | while read -r mounted; do
-        umount -l "$mounted"
-    done
-}
-trap cleanup EXIT INT TERM
-
-# An earlier run may have been killed in the middle.
-cleanup
-rm -rf "$out"
-mkdir -p "$work/archives"
-
-# Package sources of this machine: whatever reaches Debian here reaches it in the chroot.
-sources() {
-    cat /etc/apt/sources.list 2>/dev/null || true
-    for file in /etc/apt/sources.list.d/*.list; do [ -f "$file" ] && cat "$file"; done
-    true
-}
-if [ -f /etc/apt/sources.list.d/debian.sources ]; then
-    sources=/etc/apt/sources.list.d/debian.sources
-else
-    sources > "$work/sources.list"
-    sources=$work/sources.list
-fi
-
-say() { printf '  image: %s\n' "$*" >&2; }
-
-# stage NAME COMMAND...: a new layer over all earlier ones, made by running COMMAND in a chroot.
-lower=
-stage() {
-    name=$1
-    shift
-    say "layer $name"
-    mkdir -p "$out/$name" "$work/overlay" "$work/root"
-    mount -t overlay overlay -o "lowerdir=$lower,upperdir=$out/$name,workdir=$work/overlay" "$work/root"
-    mount -t proc proc "$work/root/proc"
-    mount --bind /etc/resolv.conf "$work/root/etc/resolv.conf"
-    mount --bind "$work/archives" "$work/root/var/cache/apt/archives"
-    chroot "$work/root" /usr/bin/env -i PATH=/usr/sbin:/usr/bin:/sbin:/bin DEBIAN_FRONTEND=noninteractive LC_ALL=C "$@" \
-        > "$work/$name.log" 2>&1 || { tail -n 30 "$work/$name.log" >&2; exit 1; }
-    cleanup
-    lower=$out/$name:$lower
-}
-
-install() {
-    stage "$1" sh -ec "apt-get update; apt-get install -y --no-install-recommends $2; apt-get clean; rm -rf /var/lib/apt/lists/*"
-}
-
-say "layer 1-base"
-mmdebstrap --quiet --variant=minbase --include=ca-certificates "$suite" "$out/1-base" "$sources" 2> "$work/base.log" \
-    || { tail -n 30 "$work/base.log" >&2; exit 1; }
-# No service starts in a chroot or in the image.
-printf '#!/bin/sh\nexit 101\n' > "$out/1-base/usr/sbin/policy-rc.d"
-chmod 755 "$out/1-base/usr/sbin/policy-rc.d"
-touch "$out/1-base/etc/resolv.conf"
-lower=$out/1-base
-
+base
 install 2-php "apache2 libapache2-mod-php php-cli php-curl php-gd php-intl php-ldap php-mbstring php-mysql php-pgsql php-sqlite3 php-xml php-zip"
 install 3-tools "imagemagick ghostscript poppler-utils git build-essential"
 install 4-wiki "dokuwiki"
@@ -87,5 +24,4 @@ stage 5-site sh -ec '
         > /var/lib/dokuwiki/data/pages/start.txt
     chown -R www-data:www-data /var/lib/dokuwiki/data/pages
 '
-rm -rf "$work"
-say "done: $(du -sh "$out" | cut -f1) in $(find "$out" | wc -l) files"
+finish

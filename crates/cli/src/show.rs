@@ -32,6 +32,7 @@ pub(crate) fn status(status: &wire::StatusResponse, output: Output) -> anyhow::R
                 "metadata_bytes": transfer.metadata_bytes,
                 "requests": transfer.requests,
                 "shared_bytes": transfer.shared_bytes,
+                "profile_bytes": transfer.profile_bytes,
             },
         }));
     }
@@ -41,7 +42,8 @@ pub(crate) fn status(status: &wire::StatusResponse, output: Output) -> anyhow::R
     writeln!(text, "background downloads:    {}", word(status.hydration_enabled))?;
     writeln!(
         text,
-        "transferred:             {} on demand, {} in the background, {} of tables, {} requests",
+        "transferred:             {} ahead of a start, {} on demand, {} in the background, {} of tables, {} requests",
+        HumanBytes(transfer.profile_bytes),
         HumanBytes(transfer.demand_bytes),
         HumanBytes(transfer.hydrate_bytes),
         HumanBytes(transfer.metadata_bytes),

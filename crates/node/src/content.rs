@@ -108,6 +108,8 @@ fn read_present(layer: &Layer, request: &ReadRequest) -> Result<Option<Vec<u8>>,
 
 impl Content for NodeContent {
     fn read_local(&self, request: &ReadRequest) -> Result<Option<Vec<u8>>, ContentError> {
+        // Whatever comes of it: the profile is about what is asked for.
+        self.images.recorder.touch(request.layer, request.wanted);
         let read = layer(&self.store, request).and_then(|layer| read_present(&layer, request));
         match &read {
             Ok(Some(_)) => self.metrics.read(ReadResult::Local),

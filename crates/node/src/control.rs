@@ -109,6 +109,7 @@ impl Node for Control {
                 metadata_bytes: self.images.origins.server.as_ref().map_or(0, |server| server.metadata_bytes()),
                 requests: counters.requests,
                 shared_bytes: counters.shared_bytes,
+                profile_bytes: counters.profile_bytes,
             }),
             version: env!("CARGO_PKG_VERSION").into(),
             damages: self.images.damages.all().into_iter().map(damage_to_wire).collect(),

@@ -7,7 +7,10 @@ use async_trait::async_trait;
 use bytes::Bytes;
 use millstream_oci::Digest;
 use millstream_prefetch::ImageSources;
-use millstream_source::{BlobSource, ByteStream, ContentSource, Skeleton, SourceError, WindowSource};
+use millstream_profile::Recording;
+use millstream_source::{
+    BlobSource, ByteStream, ContentSource, ProfileSource, ServedProfile, Skeleton, SourceError, WindowSource,
+};
 use millstream_toc::{BlobRange, DataRange};
 
 use crate::metrics::NodeMetrics;
@@ -19,6 +22,11 @@ pub fn counted(sources: ImageSources, metrics: &NodeMetrics) -> ImageSources {
         windows: Arc::new(Counted { inner: sources.windows, metrics: metrics.clone() }),
         content: sources.content.map(|inner| Arc::new(Counted { inner, metrics: metrics.clone() }) as _),
     }
+}
+
+/// The same source of profiles, counted in the same way.
+pub fn counted_profiles(inner: Arc<dyn ProfileSource>, metrics: &NodeMetrics) -> Arc<dyn ProfileSource> {
+    Arc::new(Counted { inner, metrics: metrics.clone() })
 }
 
 #[derive(Debug)]
@@ -56,5 +64,16 @@ impl ContentSource for Counted<dyn ContentSource> {
 
     async fn skeleton(&self, layer: &Digest) -> Result<Skeleton, SourceError> {
         self.note("skeleton", self.inner.skeleton(layer).await)
+    }
+}
+
+#[async_trait]
+impl ProfileSource for Counted<dyn ProfileSource> {
+    async fn profile(&self, pages: bool, local: &[Digest]) -> Result<ServedProfile, SourceError> {
+        self.note("profile", self.inner.profile(pages, local).await)
+    }
+
+    async fn record(&self, recording: &Recording) -> Result<(), SourceError> {
+        self.note("recording", self.inner.record(recording).await)
     }
 }

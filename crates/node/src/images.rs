@@ -1,5 +1,6 @@
 //! The lazy images of this node: one decision for each pull of an image, and what follows from it.
 
+mod profile;
 mod shared;
 mod sources;
 
@@ -11,7 +12,7 @@ use std::time::{Duration, Instant, SystemTime, UNIX_EPOCH};
 use millstream_chunkstore::{Layer, LayerState, Refusal, Store};
 use millstream_layerfs::{Contradiction, ViewLayer, contradiction};
 use millstream_oci::{Digest, ManifestDigest};
-use millstream_prefetch::Fetcher;
+use millstream_prefetch::{AskedProfile, Fetcher};
 use millstream_snapshots::{ImageDecision, PrepareOutcome, PrepareRequest, Reason, outcome};
 use millstream_source::{SourceError, names};
 use rustix::fs::StatVfsMountFlags;
@@ -26,6 +27,7 @@ use crate::labels::{Wanted, image_name};
 use crate::lookup::Lookup;
 use crate::metrics::NodeMetrics;
 use crate::origin::{Origin, Origins};
+use crate::recorder::Recorder;
 use crate::server_client::ServedLayer;
 use crate::views::Views;
 
@@ -82,6 +84,8 @@ pub struct NodeImages {
     pub(crate) origins: Origins,
     /// Says which image a client means that does not name it; none where containerd is not to be asked.
     pub(crate) lookup: Option<Lookup>,
+    /// What starts of images read.
+    pub(crate) recorder: Recorder,
     /// What is broken on this node.
     pub(crate) damages: Damages,
     /// Bound of one decision.
@@ -111,6 +115,7 @@ impl NodeImages {
             damages: views.damages().clone(),
             decisions: record_decisions(catalog.clone()),
             admission: views.admission(),
+            recorder: Recorder::new(store.layers().iter().map(|layer| layer.number()).max().unwrap_or_default()),
             store,
             fetcher,
             views,
@@ -179,6 +184,7 @@ impl NodeImages {
         let known = self.catalog.image(&wanted.image.name(), &wanted.manifest)?;
         // A margin, so that the reason is known before the caller gives up waiting.
         let patience = until.saturating_duration_since(Instant::now()).mul_f32(0.9);
+        let profile = self.ask_for_profile(&origin);
         let (probe, served) = tokio::join!(
             bounded(patience, origin.repository.probe(&wanted.layer)),
             bounded(patience, self.served(&origin, known)),
@@ -201,7 +207,7 @@ impl NodeImages {
         let local = !record.layers.is_empty() && record.layers.iter().all(|layer| self.is_verified(&layer.digest));
         let inputs = outcome::ImageInputs { streaming: true, missing: None, local, chain_matches, server, probe };
         let decision = outcome::decide_image(&inputs);
-        self.take_in(wanted, &origin, decision, record, tocs).await
+        self.take_in(wanted, &origin, decision, record, tocs, profile).await
     }
 
     /// The credential for the registry cannot be had: as if the registry had said so itself.
@@ -278,13 +284,18 @@ impl NodeImages {
         decision: ImageDecision,
         record: ImageRecord,
         tocs: Vec<Vec<u8>>,
+        profile: Option<AskedProfile>,
     ) -> anyhow::Result<Plan> {
         let lazy = match &decision {
             ImageDecision::Lazy { lazy, .. } => *lazy,
             ImageDecision::Local => record.layers.len(),
             ImageDecision::Deferred(_) => return Ok(Plan { decision, record }),
         };
-        let decision = match self.take_tables(wanted.image.name(), record.clone(), lazy, tocs, origin).await? {
+        let taken = self.take_tables(wanted.image.name(), record.clone(), lazy, tocs, origin).await?;
+        if taken.is_ok() {
+            self.replay(&record, profile);
+        }
+        let decision = match taken {
             Ok(None) => decision,
             Ok(Some((lazy, reason))) => ImageDecision::Lazy { lazy, rest: Some(reason) },
             Err(reason) => ImageDecision::Deferred(reason),
@@ -318,6 +329,7 @@ impl NodeImages {
             layer.note_use(now);
             if layer.state() == LayerState::Lazy {
                 let digest = layer.digest();
+                self.views.readahead().narrow();
                 self.fetcher.attach(layer, sources.clone());
                 self.fetcher.hydrate(&digest);
             }

@@ -27,6 +27,8 @@ pub mod origin;
 pub mod page;
 pub mod program;
 pub mod quota;
+pub mod readahead;
+pub mod recorder;
 pub mod repair;
 #[cfg(test)]
 mod schedules;

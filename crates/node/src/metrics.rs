@@ -63,7 +63,7 @@ impl Default for NodeMetrics {
         };
         // A series that begins at zero shows its first event.
         drop(metrics.decisions.get_or_create(&[("outcome", "lazy"), ("code", "")]));
-        for source in ["blob", "window", "content", "skeleton"] {
+        for source in ["blob", "window", "content", "skeleton", "profile", "recording"] {
             drop(metrics.requests.get_or_create(&[("source", source), ("code", "")]));
         }
         metrics
@@ -125,7 +125,8 @@ impl NodeMetrics {
         );
         registry.register(
             "source_requests",
-            "Requests to registry (blob) and server (window, content, skeleton), by the code of the failure; empty: none",
+            "Requests to registry (blob) and server (window, content, skeleton, profile, recording), by the code of the failure; \
+             empty: none",
             self.requests.clone(),
         );
         let reads = self.reads.clone();
@@ -166,13 +167,14 @@ impl Gathered {
             (
                 "fetched",
                 "Bytes received, by what for: compressed bytes of layers for readers, ahead of readers and for hydration, \
-                 plain content, and tables with windows.",
+                 pages of startup profiles, plain content, and tables with windows.",
                 Some(Unit::Bytes),
                 MetricType::Counter,
                 &[
                     ("purpose", "demand", counters.demand_bytes),
                     ("purpose", "prefetch", counters.prefetch_bytes),
                     ("purpose", "hydrate", counters.hydrate_bytes),
+                    ("purpose", "profile", counters.profile_bytes),
                     ("purpose", "content", counters.content_bytes),
                     ("purpose", "table", tables),
                 ],
@@ -384,7 +386,14 @@ mod tests {
         // The first test of this process that needs it installs it.
         let _ = rustls::crypto::ring::default_provider().install_default();
         let registry = Registries::new(RegistryOptions::default()).unwrap();
-        let origins = Origins { registry, server: None, embedded: None, docker_config: None, metrics: metrics.clone() };
+        let origins = Origins {
+            registry,
+            server: None,
+            embedded: None,
+            docker_config: None,
+            profiles: true,
+            metrics: metrics.clone(),
+        };
         let catalog = Catalog::open(db).unwrap();
         Arc::new(NodeImages::new(store, fetcher, views, catalog, origins, None, Duration::from_secs(1)))
     }

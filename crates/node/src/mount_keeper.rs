@@ -7,7 +7,7 @@
 
 use std::io;
 use std::os::fd::OwnedFd;
-use std::path::PathBuf;
+use std::path::{Path, PathBuf};
 use std::time::Duration;
 
 use millstream_source::names;
@@ -83,7 +83,8 @@ fn copy_of(mountpoint: &PathBuf) -> io::Result<OwnedFd> {
 }
 
 /// Does not ask the file system, which may be ourselves.
-fn device_of(mountpoint: &PathBuf) -> io::Result<(u32, u32)> {
+/// Device number of the file system at `mountpoint`, without asking it.
+pub(crate) fn device_of(mountpoint: &Path) -> io::Result<(u32, u32)> {
     let found = statx(CWD, mountpoint, AtFlags::STATX_DONT_SYNC | AtFlags::NO_AUTOMOUNT, StatxFlags::empty())?;
     Ok((found.stx_dev_major, found.stx_dev_minor))
 }

@@ -9,9 +9,9 @@ use bytes::Bytes;
 use millstream_oci::{Digest, ImageRef, ManifestDigest};
 use millstream_prefetch::ImageSources;
 use millstream_registry::{Credential, Registry, Repository, docker_config_credential};
-use millstream_source::{BlobSource, ErrorKind, SourceError, WindowSource};
+use millstream_source::{BlobSource, ErrorKind, ProfileSource, SourceError, WindowSource};
 
-use crate::counted::counted;
+use crate::counted::{counted, counted_profiles};
 use crate::embedded::{Embedded, pending_reason};
 use crate::metrics::NodeMetrics;
 use crate::server_client::{ImageScope, ServedImage, Server, ServerSource};
@@ -27,6 +27,8 @@ pub struct Origins {
     pub embedded: Option<Embedded>,
     /// A docker `config.json` with credentials.
     pub docker_config: Option<PathBuf>,
+    /// Whether what starts of images read is recorded and brought ahead.
+    pub profiles: bool,
     /// Counts requests for content.
     pub metrics: NodeMetrics,
 }
@@ -42,6 +44,7 @@ pub struct Origin {
     pub scope: ImageScope,
     server: Option<Server>,
     embedded: Option<Embedded>,
+    profiles: bool,
     metrics: NodeMetrics,
 }
 
@@ -61,6 +64,7 @@ impl Origins {
             scope: ImageScope { repository: image.name(), manifest, credential },
             server: self.server.clone(),
             embedded: self.embedded.clone(),
+            profiles: self.profiles,
             metrics: self.metrics.clone(),
         })
     }
@@ -117,6 +121,14 @@ impl Origin {
         let source = Arc::new(ServerSource { server, scope: self.scope.clone() });
         let windows = Arc::clone(&source) as Arc<dyn WindowSource>;
         counted(ImageSources { blob: self.blob(), windows, content: Some(source) }, &self.metrics)
+    }
+
+    /// Startup profiles, where there is a server and they are wanted.
+    #[must_use]
+    pub fn profiles(&self) -> Option<Arc<dyn ProfileSource>> {
+        let server = self.server.clone().filter(|_| self.profiles)?;
+        let source = ServerSource { server, scope: self.scope.clone() };
+        Some(counted_profiles(Arc::new(source), &self.metrics))
     }
 
     fn blob(&self) -> Arc<dyn BlobSource> {

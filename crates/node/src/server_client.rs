@@ -12,13 +12,15 @@ use anyhow::{Context, bail};
 use async_trait::async_trait;
 use bytes::Bytes;
 use millstream_oci::{DiffId, Digest, ManifestDigest};
+use millstream_profile::{Profile, ProfileLayer, Recording};
 use millstream_registry::Credential;
 use millstream_server::ImagesService;
 use millstream_settings::node::ServerSettings;
-use millstream_source::{ContentSource, ErrorKind, Skeleton, SourceError, WindowSource};
+use millstream_source::{ContentSource, ErrorKind, ProfileSource, ServedProfile, Skeleton, SourceError, WindowSource};
 use millstream_toc::DataRange;
 use millstream_wire::millstream::v1 as wire;
 use millstream_wire::millstream::v1::get_image_response::Part;
+use millstream_wire::millstream::v1::get_profile_response::Part as ProfilePart;
 use millstream_wire::millstream::v1::images_client::ImagesClient;
 use millstream_wire::millstream::v1::images_server::ImagesServer;
 use tokio_stream::StreamExt;
@@ -37,6 +39,11 @@ const MAX_TOC: u64 = 256 * 1024 * 1024;
 const MAX_WINDOW: usize = 32 * 1024;
 /// How long one request for windows or content may take; the reader behind it has a deadline of its own.
 const REQUEST_TIMEOUT: Duration = Duration::from_secs(30);
+
+/// A connection is given this long, however short readers' patience is: a first packet that is lost is sent again after a second.
+const SHORTEST_CONNECT: Duration = Duration::from_secs(2);
+/// The server is asked for a sign of life no sooner than this, and given no less to answer: it may be busy.
+const SHORTEST_SILENCE: Duration = Duration::from_secs(2);
 
 /// What the server says of an image.
 #[derive(Debug, Clone)]
@@ -81,18 +88,20 @@ impl fmt::Debug for Server {
 }
 
 impl Server {
-    /// `None` where no server is configured.
+    /// `None` where no server is configured. A connection whose other end gives no sign of life is given up after `idle_timeout`
+    /// (after some seconds where that is shorter), also one that nobody uses, and made again when it is wanted.
     ///
     /// # Errors
     /// When a certificate cannot be read or the address makes no sense. That the server is down is no error.
-    pub fn new(settings: &ServerSettings) -> anyhow::Result<Option<Self>> {
+    pub fn new(settings: &ServerSettings, idle_timeout: Duration) -> anyhow::Result<Option<Self>> {
         if settings.address.is_empty() {
             return Ok(None);
         }
         let mut endpoint = Endpoint::from_shared(settings.address.clone())
             .with_context(|| format!("server.address {:?}", settings.address))?
-            .connect_timeout(Duration::from_secs(5))
-            .http2_keep_alive_interval(Duration::from_secs(20))
+            .connect_timeout((idle_timeout / 4).max(SHORTEST_CONNECT))
+            .http2_keep_alive_interval((idle_timeout / 2).max(SHORTEST_SILENCE))
+            .keep_alive_timeout((idle_timeout / 2).max(SHORTEST_SILENCE))
             .keep_alive_while_idle(true)
             .initial_stream_window_size(Some(8 * 1024 * 1024))
             .initial_connection_window_size(Some(16 * 1024 * 1024));
@@ -349,6 +358,65 @@ impl ContentSource for ServerSource {
         }
         Ok(data.into())
     }
+}
+
+#[async_trait]
+impl ProfileSource for ServerSource {
+    async fn profile(&self, pages: bool, local: &[Digest]) -> Result<ServedProfile, SourceError> {
+        let request = wire::GetProfileRequest {
+            scope: Some(self.scope.to_wire()),
+            pages,
+            local_layers: local.iter().map(ToString::to_string).collect(),
+        };
+        let refused = |status: Status| match status.code() {
+            // A server from before there were any.
+            Code::Unimplemented => SourceError::new(ErrorKind::NotFound, "server: it has no startup profiles"),
+            _ => failed("asking for the startup profile", &status),
+        };
+        let asked = async {
+            let mut stream = self.server.client.clone().get_profile(request).await.map_err(refused)?.into_inner();
+            let head = stream.message().await.map_err(refused)?;
+            Ok((head.and_then(|message| message.part), stream))
+        };
+        let (Some(ProfilePart::Plan(plan)), stream) = bounded("the startup profile", asked).await? else {
+            return Err(malformed("a startup profile without a plan"));
+        };
+        let layers = plan.layers.iter().map(profile_layer).collect::<Result<_, _>>()?;
+        let recordings = plan.recordings;
+        let packed = plan.pages.then(|| {
+            let pieces = stream.map(|message| {
+                let part = message.map_err(|status| failed("receiving a startup profile", &status))?.part;
+                match part {
+                    Some(ProfilePart::Packed(piece)) => Ok(Bytes::from(piece)),
+                    Some(ProfilePart::Plan(_)) | None => Err(malformed("a startup profile with something else in it")),
+                }
+            });
+            Box::pin(pieces) as millstream_source::ByteStream
+        });
+        let plan = Profile::from_numbers(layers, &plan.runs).map_err(|error| malformed(&error.to_string()))?;
+        Ok(ServedProfile { plan, recordings, packed })
+    }
+
+    async fn record(&self, recording: &Recording) -> Result<(), SourceError> {
+        let layers = recording.read.layers.iter().zip(&recording.fresh).map(|(layer, fresh)| wire::RecordedLayer {
+            layer: Some(wire::ProfileLayer { digest: layer.digest.to_string(), toc_digest: layer.toc.to_string() }),
+            fresh: *fresh,
+        });
+        let request = wire::PutRecordingRequest {
+            scope: Some(self.scope.to_wire()),
+            layers: layers.collect(),
+            runs: recording.read.numbers(),
+        };
+        let told = async {
+            let answer = self.server.client.clone().put_recording(request).await;
+            answer.map(drop).map_err(|status| failed("telling what a start read", &status))
+        };
+        bounded("a recording", told).await
+    }
+}
+
+fn profile_layer(layer: &wire::ProfileLayer) -> Result<ProfileLayer, SourceError> {
+    Ok(ProfileLayer { digest: parse(&layer.digest)?, toc: parse(&layer.toc_digest)? })
 }
 
 async fn bounded<T>(what: &str, work: impl Future<Output = Result<T, SourceError>>) -> Result<T, SourceError> {

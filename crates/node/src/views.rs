@@ -15,6 +15,7 @@ use tracing::info;
 use crate::admission::Admission;
 use crate::below::LowerDirs;
 use crate::damage::{self, Damages};
+use crate::readahead::Readahead;
 
 /// All views of this node.
 #[derive(Debug)]
@@ -26,13 +27,20 @@ pub struct Views {
     /// Views that cannot be shown, and why.
     broken: Mutex<BTreeMap<u32, String>>,
     damages: Damages,
+    readahead: Readahead,
 }
 
 impl Views {
     /// Views of layers in `store`, shown by `fs` at `mountpoint`.
     #[must_use]
     pub fn new(store: Arc<Store>, fs: Arc<LayerFs>, mountpoint: PathBuf, damages: Damages) -> Self {
-        Self { store, fs, mountpoint, admission: Arc::default(), broken: Mutex::default(), damages }
+        let readahead = Readahead::of(&mountpoint);
+        Self { store, fs, mountpoint, admission: Arc::default(), broken: Mutex::default(), damages, readahead }
+    }
+
+    /// How far the kernel reads around what is touched in them.
+    pub(crate) const fn readahead(&self) -> &Readahead {
+        &self.readahead
     }
 
     /// In which order layers are shown and removed.

@@ -140,7 +140,7 @@ async fn work(settings: &Settings, inherited: Inheritance) -> anyhow::Result<()>
         idle_timeout,
         ..RegistryOptions::default()
     })?;
-    let remote = Server::new(&settings.server)?;
+    let remote = Server::new(&settings.server, idle_timeout)?;
     let line = inherited.line;
     line.report(&Report::Ready(env!("CARGO_PKG_VERSION").into())).context("reporting to the supervisor")?;
     tokio::task::spawn_blocking({
@@ -177,6 +177,7 @@ async fn work(settings: &Settings, inherited: Inheritance) -> anyhow::Result<()>
         server: server.clone(),
         embedded: embedded.clone(),
         docker_config,
+        profiles: settings.fetch.profiles,
         metrics: metrics.clone(),
     };
 
@@ -234,6 +235,7 @@ async fn work(settings: &Settings, inherited: Inheritance) -> anyhow::Result<()>
         }
     });
     tokio::spawn(MountKeeper::work(mountpoint(settings)));
+    tokio::spawn(images.views.readahead().clone().follow(Arc::clone(&store)));
     if let Some(server) = server {
         server.warm_up();
     }

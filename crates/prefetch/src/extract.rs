@@ -17,7 +17,7 @@ use tokio::sync::mpsc;
 use crate::attached::ImageSources;
 use crate::deliver::{ChunkSink, toc_failed};
 use crate::fetcher::Shared;
-use crate::gate::Urgency;
+use crate::gate::{Permit, Urgency};
 use crate::pace::Paced;
 use crate::plan::{self, Group};
 
@@ -45,9 +45,10 @@ impl Attempt<'_> {
         blob: BlobRange,
     ) -> Result<(), SourceError> {
         let Self { shared, layer, group, urgency, sink } = self;
-        let _permit = shared.gate.acquire(urgency).await?;
+        let permit = shared.gate.acquire(urgency).await?;
         if group.chunks.iter().all(|chunk| !sink.wants(chunk.ix)) {
             // Hydration was faster.
+            permit.served();
             return Ok(());
         }
         let (digest, idle) = (layer.digest(), shared.options.idle_timeout);
@@ -55,24 +56,33 @@ impl Attempt<'_> {
         let body = bounded(idle, "first byte of a blob", image.blob.read(&digest, blob));
         let window = shared.windows.get(layer, spans.start, &*image.windows, &shared.tally);
         let window = bounded(idle, "window of a span", window);
-        let (body, window) = tokio::try_join!(body, window)?;
+        let first = async { tokio::try_join!(body, window) };
+        let (body, window) = permit.hear(shared.options.starvation, first).await?;
 
         let (pieces, received) = mpsc::channel(PIECES);
         let (toc, sink, extracted) = (layer.toc().clone(), sink.clone(), spans.clone());
         let extracted = shared.runtime.spawn_blocking(move || extract(&toc, &extracted, &window, received, &*sink));
-        let pumped = self.pump(body, blob.len(), pieces).await;
+        let pumped = self.pump(&permit, body, blob.len(), pieces).await;
         // What the decompressor says explains more than the end of the body it caused.
         extracted.await.map_err(|e| SourceError::new(ErrorKind::Local, format!("decompressor failed: {e}")))??;
         pumped?;
-        self.check_complete(spans)
+        self.check_complete(spans)?;
+        permit.served();
+        Ok(())
     }
 
     /// Passes the `left` bytes of the body on, piece by piece. Ends early, without an error, when nobody takes the pieces any
     /// more.
-    async fn pump(self, body: ByteStream, mut left: u64, pieces: mpsc::Sender<Bytes>) -> Result<(), SourceError> {
+    async fn pump(
+        self,
+        permit: &Permit<'_>,
+        body: ByteStream,
+        mut left: u64,
+        pieces: mpsc::Sender<Bytes>,
+    ) -> Result<(), SourceError> {
         let Self { shared, layer, urgency, .. } = self;
         let mut body = Paced::new(body, shared.options.idle_timeout);
-        while let Some(piece) = body.next().await? {
+        while let Some(piece) = permit.hear(shared.options.starvation, body.next()).await? {
             shared.tally.received(urgency.priority(), piece.len());
             left = left.checked_sub(piece.len() as u64).ok_or_else(|| wrong_length(layer))?;
             if pieces.send(piece).await.is_err() {
@@ -100,16 +110,20 @@ impl Attempt<'_> {
         let Self { shared, layer, group, urgency, sink } = self;
         let missing: Vec<Chunk> = group.chunks.iter().filter(|chunk| sink.wants(chunk.ix)).copied().collect();
         for run in runs(&missing) {
-            let _permit = shared.gate.acquire(urgency).await?;
+            let permit = shared.gate.acquire(urgency).await?;
             shared.tally.request();
             let (Some(first), Some(last)) = (run.first(), run.last()) else { continue };
             let range = DataRange::new(first.data.start, last.data.end);
             let digest = layer.digest();
-            let bytes = bounded(shared.options.idle_timeout, "content", content.content(&digest, range)).await?;
+            let idle = shared.options.idle_timeout;
+            // It comes as a whole: what takes its time may yet be on its way.
+            let patience = shared.options.starvation.max(idle / 4);
+            let bytes = permit.hear(patience, bounded(idle, "content", content.content(&digest, range))).await?;
             shared.tally.content(bytes.len());
             let (toc, sink, run) = (layer.toc().clone(), sink.clone(), run.to_vec());
             let verified = shared.runtime.spawn_blocking(move || take_content(&toc, range, &bytes, &run, &*sink));
             verified.await.map_err(|e| SourceError::new(ErrorKind::Local, format!("verification failed: {e}")))??;
+            permit.served();
         }
         Ok(())
     }

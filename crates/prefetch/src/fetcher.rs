@@ -7,7 +7,7 @@ use std::sync::{Arc, PoisonError, RwLock};
 use bytes::Bytes;
 use millstream_chunkstore::{Layer, Refusal, Store};
 use millstream_oci::Digest;
-use millstream_source::{ErrorKind, Priority, ProfileSource, SourceError, names};
+use millstream_source::{ErrorKind, Priority, SourceError, names};
 use millstream_toc::DataRange;
 use millstream_toc::read::Chunk;
 use tokio::runtime::Handle;
@@ -24,7 +24,7 @@ use crate::gate::{Gate, Urgency};
 use crate::hydrate::{Hydration, Progress};
 use crate::options::FetchOptions;
 use crate::queue::Limits;
-use crate::replay;
+use crate::replay::{self, AskedProfile};
 use crate::share::Turns;
 use crate::windows::Windows;
 
@@ -195,7 +195,7 @@ impl Fetcher {
         let (there, missing) = there.await.map_err(|e| SourceError::new(ErrorKind::Local, e.to_string()))??;
         let memory = Arc::new(MemorySink::new(range, there, &missing));
         let sink: Arc<dyn ChunkSink> = memory.clone();
-        let urgency = Urgency::new(Priority::Demand);
+        let urgency = Urgency::new(Priority::Demand, attached.layer.number());
         let toc = attached.layer.toc();
         let groups = self.shared.unstored_groups(toc, &missing).map_err(toc_failed)?;
         let all = async {
@@ -213,8 +213,8 @@ impl Fetcher {
     }
 
     /// Brings what starts of an image read, ahead of its readers and before all hydration. `image` names it in the log, `layers`
-    /// are all of its layers; those that are not attached, or wholly local, are left out. Returns at once.
-    pub fn replay(&self, image: String, layers: &[Digest], source: Arc<dyn ProfileSource>) {
+    /// are all of its layers. Returns at once.
+    pub fn replay(&self, image: String, layers: &[Digest], asked: AskedProfile) {
         let layers: Vec<_> = layers.iter().map(|digest| (*digest, self.attached(digest).ok())).collect();
         let shared = self.shared.clone();
         self.shared.runtime.spawn(async move {
@@ -223,7 +223,7 @@ impl Fetcher {
             if layers.iter().all(|(_, known)| known.as_ref().is_none_or(|attached| attached.cancel.is_cancelled())) {
                 return;
             }
-            replay::report(&image, shared.replay(&layers, &*source).await);
+            replay::report(&image, shared.replay(&layers, asked).await);
         });
     }
 

@@ -54,7 +54,8 @@ impl Flight {
             Way::Spans { spans, .. } => Brings::Spans(spans.clone()),
             Way::Content => Brings::Chunks(group.chunks.clone()),
         };
-        Self { layer, edges, brings, urgency: Urgency::new(priority), progress: Progress::default() }
+        let urgency = Urgency::new(priority, layer.number());
+        Self { layer, edges, brings, urgency, progress: Progress::default() }
     }
 
     /// Whether it will bring what lies in `spans`.

@@ -28,15 +28,20 @@ struct State {
 
 /// The urgency of one piece of work, which may grow while it waits or runs.
 #[derive(Debug)]
-pub(crate) struct Urgency(Mutex<(Priority, Option<Ticket>)>);
+pub(crate) struct Urgency {
+    /// Number of the layer that it is for.
+    layer: u32,
+    state: Mutex<(Priority, Option<Ticket>)>,
+}
 
 impl Urgency {
-    pub(crate) fn new(priority: Priority) -> Self {
-        Self(Mutex::new((priority, None)))
+    /// Of work for the layer of this number.
+    pub(crate) fn new(priority: Priority, layer: u32) -> Self {
+        Self { layer, state: Mutex::new((priority, None)) }
     }
 
     fn lock(&self) -> MutexGuard<'_, (Priority, Option<Ticket>)> {
-        self.0.lock().unwrap_or_else(PoisonError::into_inner)
+        self.state.lock().unwrap_or_else(PoisonError::into_inner)
     }
 
     pub(crate) fn priority(&self) -> Priority {
@@ -60,12 +65,33 @@ impl Urgency {
 pub(crate) struct Permit<'g> {
     gate: &'g Gate,
     ticket: Ticket,
+    served: bool,
+}
+
+impl Permit<'_> {
+    /// Gives the slot back after what was wanted has come.
+    pub(crate) fn served(mut self) {
+        self.served = true;
+    }
+
+    /// What `work` gives, which is what the source sends next. If that takes longer than `patience`, others need not wait for
+    /// this request meanwhile.
+    pub(crate) async fn hear<T>(&self, patience: Duration, work: impl Future<Output = T>) -> T {
+        let mut work = std::pin::pin!(work);
+        if let Ok(heard) = timeout(patience, &mut work).await {
+            return heard;
+        }
+        self.gate.change(|scheduler| scheduler.set_silent(self.ticket, true));
+        let heard = work.await;
+        self.gate.change(|scheduler| scheduler.set_silent(self.ticket, false));
+        heard
+    }
 }
 
 impl Drop for Permit<'_> {
     fn drop(&mut self) {
         self.gate.state().wakers.remove(&self.ticket);
-        self.gate.change(|scheduler| scheduler.finish(self.ticket));
+        self.gate.change(|scheduler| scheduler.finish(self.ticket, self.served));
     }
 }
 
@@ -112,15 +138,15 @@ impl Gate {
         value
     }
 
-    fn enqueue(&self, priority: Priority) -> Option<(Permit<'_>, oneshot::Receiver<()>)> {
+    fn enqueue(&self, priority: Priority, layer: u32) -> Option<(Permit<'_>, oneshot::Receiver<()>)> {
         let (waker, granted) = oneshot::channel();
         let ticket = {
             let mut state = self.state();
-            let ticket = state.scheduler.submit(priority)?;
+            let ticket = state.scheduler.submit(priority, layer)?;
             state.wakers.insert(ticket, waker);
             ticket
         };
-        let permit = Permit { gate: self, ticket };
+        let permit = Permit { gate: self, ticket, served: false };
         self.change(|_| ());
         Some((permit, granted))
     }
@@ -131,8 +157,9 @@ impl Gate {
     /// [`ErrorKind::Local`] when too many wait already.
     pub(crate) async fn acquire(&self, urgency: &Urgency) -> Result<Permit<'_>, SourceError> {
         let (permit, mut granted) = {
+            let layer = urgency.layer;
             let mut urgency = urgency.lock();
-            let Some((permit, granted)) = self.enqueue(urgency.0) else {
+            let Some((permit, granted)) = self.enqueue(urgency.0, layer) else {
                 return Err(SourceError::new(ErrorKind::Local, "too many fetches are waiting"));
             };
             urgency.1 = Some(permit.ticket);
@@ -150,7 +177,7 @@ impl Gate {
         }
     }
 
-    /// Waits until no reader's request waits or runs, but no longer than `bound`; gives the time that is left of it.
+    /// Waits until no reader's request waits, or runs with something coming of it, but no longer than `bound`; gives the time that is left of it.
     pub(crate) async fn yield_to_demand(&self, bound: Duration) -> Duration {
         if bound.is_zero() || !*self.demand.borrow() {
             return bound;

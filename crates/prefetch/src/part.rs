@@ -69,7 +69,7 @@ impl Pass<'_> {
     /// Appends what one request gives of the rest of `range`; ends early without an error when hydration is held back.
     async fn read(&self, source: &Arc<Source>, range: BlobRange, bytes: &mut BytesMut) -> Result<(), SourceError> {
         let Self { shared, attached, .. } = self;
-        let urgency = Urgency::new(Priority::Hydrate);
+        let urgency = Urgency::new(Priority::Hydrate, attached.layer.number());
         let _permit = shared.gate.acquire(&urgency).await?;
         let rest = BlobRange::new(range.start + bytes.len() as u64, range.end);
         let (digest, idle) = (attached.layer.digest(), shared.options.idle_timeout);

@@ -1,9 +1,11 @@
 //! Who may send the next request. No I/O, no clock: time is what the caller says it is.
 
-use std::collections::{HashMap, VecDeque};
+use std::collections::{HashMap, HashSet};
 use std::time::Duration;
 
 use millstream_source::Priority;
+
+use crate::lanes::Lanes;
 
 /// Bounds of a [`Scheduler`].
 #[derive(Debug, Clone, Copy)]
@@ -12,8 +14,8 @@ pub struct Limits {
     pub slots: usize,
     /// How many of them may be [`Priority::Hydrate`].
     pub hydrate_slots: usize,
-    /// No hydration request starts until this long after the last demand: what is under way, the next reader must wait
-    /// behind, and a program that starts reads one thing after the other.
+    /// No hydration request starts until this long after the last demand that was served: what is under way, the next reader
+    /// must wait behind, and a program that starts reads one thing after the other.
     pub settle: Duration,
     /// Requests that may wait, in the order of [`Priority`].
     pub waiting: [usize; 3],
@@ -23,20 +25,33 @@ pub struct Limits {
 
 /// A request that waits or runs.
 #[derive(Debug, Clone, Copy, PartialEq, Eq, Hash, PartialOrd, Ord)]
-pub struct Ticket(u64);
+pub struct Ticket {
+    number: u64,
+    layer: u32,
+}
 
-/// A bounded queue for each priority over a bounded number of slots.
+impl Ticket {
+    /// Number of the layer that it is for.
+    pub(crate) const fn layer(self) -> u32 {
+        self.layer
+    }
+}
+
+/// A bounded queue for each priority over a bounded number of slots. Within a priority layers have their turns, so that one that
+/// asks for much does not keep another one waiting.
 #[derive(Debug)]
 pub struct Scheduler {
     limits: Limits,
     next: u64,
-    waiting: [VecDeque<Ticket>; 3],
+    waiting: [Lanes; 3],
     running: HashMap<Ticket, Priority>,
+    /// Those that run of which nothing comes: they hold their slots and nobody else up.
+    silent: HashSet<Ticket>,
     /// Streams outside of the slots that readers are about to need.
     foreground: usize,
     last_hydrate: Duration,
-    /// Demand may have come to its end since the last look at the clock.
-    demand_seen: bool,
+    /// A reader was served since the last look at the clock.
+    demand_served: bool,
     /// When the last demand will have settled.
     settled: Duration,
 }
@@ -60,22 +75,23 @@ impl Scheduler {
             next: 0,
             waiting: Default::default(),
             running: HashMap::new(),
+            silent: HashSet::new(),
             foreground: 0,
             last_hydrate: Duration::ZERO,
-            demand_seen: false,
+            demand_served: false,
             settled: Duration::ZERO,
         }
     }
 
-    /// Queues a request; `None` when the queue of its priority is full.
-    pub fn submit(&mut self, priority: Priority) -> Option<Ticket> {
+    /// Queues a request for the layer of this number; `None` when the queue of its priority is full.
+    pub fn submit(&mut self, priority: Priority, layer: u32) -> Option<Ticket> {
         let queue = &mut self.waiting[class(priority)];
         if queue.len() >= self.limits.waiting[class(priority)] {
             return None;
         }
-        let ticket = Ticket(self.next);
+        let ticket = Ticket { number: self.next, layer };
         self.next += 1;
-        queue.push_back(ticket);
+        queue.push(ticket);
         Some(ticket)
     }
 
@@ -87,27 +103,39 @@ impl Scheduler {
             return;
         }
         for lower in class(priority) + 1..self.waiting.len() {
-            if let Some(at) = self.waiting[lower].iter().position(|waiting| *waiting == ticket) {
-                self.waiting[lower].remove(at);
-                self.waiting[class(priority)].push_back(ticket);
+            if self.waiting[lower].remove(ticket) {
+                self.waiting[class(priority)].push(ticket);
                 return;
             }
         }
     }
 
-    /// Forgets a request, whether it waited or ran.
-    pub fn finish(&mut self, ticket: Ticket) {
-        self.demand_seen |= self.demand_active();
-        if self.running.remove(&ticket).is_none() {
+    /// Notes that nothing comes of a request that runs (`true`), or that something comes again. A reader's request that waits
+    /// for a dead source does not use the line, so it holds no hydration up.
+    pub fn set_silent(&mut self, ticket: Ticket, silent: bool) {
+        if silent && self.running.contains_key(&ticket) {
+            self.silent.insert(ticket);
+        } else {
+            self.silent.remove(&ticket);
+        }
+    }
+
+    /// Forgets a request, whether it waited or ran, and notes whether it brought what was wanted. A reader who got nothing
+    /// reads on nowhere: that it failed is no reason to wait for what he wants next.
+    pub fn finish(&mut self, ticket: Ticket, served: bool) {
+        self.silent.remove(&ticket);
+        let ended = self.running.remove(&ticket);
+        self.demand_served |= served && ended == Some(Priority::Demand);
+        if ended.is_none() {
             for queue in &mut self.waiting {
-                queue.retain(|waiting| *waiting != ticket);
+                queue.remove(ticket);
             }
         }
     }
 
     /// The next request that may run at time `now`, which then runs. Call until it gives `None`.
     pub fn grant(&mut self, now: Duration) -> Option<Ticket> {
-        if std::mem::take(&mut self.demand_seen) || self.demand_active() {
+        if std::mem::take(&mut self.demand_served) {
             self.settled = now.saturating_add(self.limits.settle);
         }
         let free = self.limits.slots.saturating_sub(self.running.len());
@@ -133,12 +161,12 @@ impl Scheduler {
             if self.count(Priority::Hydrate) >= self.limits.hydrate_slots {
                 return None;
             }
-            let ticket = self.waiting[class(priority)].pop_front()?;
+            let ticket = self.waiting[class(priority)].pop()?;
             self.last_hydrate = now;
             self.running.insert(ticket, priority);
             return Some(ticket);
         }
-        let ticket = self.waiting[class(priority)].pop_front()?;
+        let ticket = self.waiting[class(priority)].pop()?;
         self.running.insert(ticket, priority);
         Some(ticket)
     }
@@ -153,10 +181,13 @@ impl Scheduler {
             && self.count(Priority::Hydrate) == 0
     }
 
-    /// Whether a reader's request waits or runs, or what readers are about to need comes by itself.
+    /// Whether a reader's request waits for a slot, or runs and something comes of it, or what readers are about to need comes by
+    /// itself.
     #[must_use]
     pub fn demand_active(&self) -> bool {
-        self.demand_waits() || self.count(Priority::Demand) > 0 || self.foreground > 0
+        let comes =
+            |(ticket, priority): (&Ticket, &Priority)| *priority == Priority::Demand && !self.silent.contains(ticket);
+        self.demand_waits() || self.foreground > 0 || self.running.iter().any(comes)
     }
 
     /// One more stream that needs no slot, and that hydration makes way for as for readers.
@@ -164,9 +195,9 @@ impl Scheduler {
         self.foreground += 1;
     }
 
-    /// One of them has ended.
+    /// One of them has ended: what it brought is about to be read.
     pub fn end_foreground(&mut self) {
-        self.demand_seen |= self.demand_active();
+        self.demand_served = true;
         self.foreground = self.foreground.saturating_sub(1);
     }
 
@@ -175,7 +206,7 @@ impl Scheduler {
     }
 
     /// When after `now` to call [`Scheduler::grant`] even though nothing changed: a hydration that waits for demand becomes
-    /// overdue, or demand has settled. While demand is active, that moves with every call.
+    /// overdue, or demand has settled.
     #[must_use]
     pub fn next_due(&self, now: Duration) -> Option<Duration> {
         if self.waiting[class(Priority::Hydrate)].is_empty() {
@@ -188,7 +219,7 @@ impl Scheduler {
     /// Number of requests that wait, in the order of [`Priority`].
     #[must_use]
     pub fn waiting(&self) -> [usize; 3] {
-        self.waiting.each_ref().map(VecDeque::len)
+        self.waiting.each_ref().map(Lanes::len)
     }
 
     /// Number of requests that run.
@@ -200,6 +231,8 @@ impl Scheduler {
 
 #[cfg(test)]
 mod tests {
+    use std::collections::VecDeque;
+
     use super::*;
     use Priority::{Demand, Hydrate, Prefetch};
     use proptest::prelude::*;
@@ -218,7 +251,7 @@ mod tests {
     fn the_urgent_overtake_and_equals_keep_their_order() {
         let mut s = scheduler(8);
         let tickets: Vec<_> =
-            [Hydrate, Prefetch, Demand, Prefetch, Demand].into_iter().map(|p| s.submit(p).unwrap()).collect();
+            [Hydrate, Prefetch, Demand, Prefetch, Demand].into_iter().map(|p| s.submit(p, 0).unwrap()).collect();
         let granted = drain(&mut s, Duration::ZERO);
         assert_eq!(granted, [2, 4, 1, 3].map(|i: usize| tickets[i]));
     }
@@ -227,21 +260,21 @@ mod tests {
     fn one_slot_is_kept_for_demand() {
         let mut s = scheduler(3);
         for _ in 0..3 {
-            s.submit(Prefetch).unwrap();
+            s.submit(Prefetch, 0).unwrap();
         }
         assert_eq!(drain(&mut s, Duration::ZERO).len(), 2);
-        let demand = s.submit(Demand).unwrap();
+        let demand = s.submit(Demand, 0).unwrap();
         assert_eq!(drain(&mut s, Duration::ZERO), [demand]);
     }
 
     #[test]
     fn hydration_waits_for_demand_but_not_forever() {
         let mut s = scheduler(4);
-        let first = s.submit(Hydrate).unwrap();
+        let first = s.submit(Hydrate, 0).unwrap();
         assert_eq!(drain(&mut s, 10 * SECOND), [first]);
-        s.finish(first);
-        let demand = s.submit(Demand).unwrap();
-        let second = s.submit(Hydrate).unwrap();
+        s.finish(first, true);
+        let demand = s.submit(Demand, 0).unwrap();
+        let second = s.submit(Hydrate, 0).unwrap();
         assert_eq!(drain(&mut s, 10 * SECOND), [demand]);
         assert_eq!(s.next_due(10 * SECOND + SECOND / 2), Some(11 * SECOND));
         assert_eq!(drain(&mut s, 11 * SECOND), [second]);
@@ -250,13 +283,13 @@ mod tests {
     #[test]
     fn hydration_waits_until_demand_has_settled() {
         let mut s = scheduler(4);
-        let demand = s.submit(Demand).unwrap();
+        let demand = s.submit(Demand, 0).unwrap();
         assert_eq!(drain(&mut s, 10 * SECOND), [demand]);
-        let first = s.submit(Hydrate).unwrap();
+        let first = s.submit(Hydrate, 0).unwrap();
         assert_eq!(drain(&mut s, 10 * SECOND), [first], "overdue");
-        let (second, third) = (s.submit(Hydrate).unwrap(), s.submit(Hydrate).unwrap());
-        s.finish(demand);
-        s.finish(first);
+        let (second, third) = (s.submit(Hydrate, 0).unwrap(), s.submit(Hydrate, 0).unwrap());
+        s.finish(demand, true);
+        s.finish(first, true);
         let settled = 10 * SECOND + SECOND / 4;
         assert_eq!(drain(&mut s, 10 * SECOND), []);
         assert_eq!(s.next_due(10 * SECOND), Some(settled));
@@ -266,41 +299,82 @@ mod tests {
     }
 
     #[test]
+    fn a_reader_who_gets_nothing_holds_nothing_up() {
+        let mut s = scheduler(4);
+        let now = 10 * SECOND;
+        // One whose source says nothing, for as long as it says nothing.
+        let demand = s.submit(Demand, 0).unwrap();
+        assert_eq!(drain(&mut s, now), [demand]);
+        let overdue = s.submit(Hydrate, 0).unwrap();
+        assert_eq!(drain(&mut s, now), [overdue]);
+        let second = s.submit(Hydrate, 0).unwrap();
+        assert_eq!(drain(&mut s, now), []);
+        s.set_silent(demand, true);
+        assert!(!s.demand_active());
+        assert_eq!(drain(&mut s, now), [second]);
+        s.finish(second, true);
+        s.set_silent(demand, false);
+        let third = s.submit(Hydrate, 0).unwrap();
+        assert_eq!(drain(&mut s, now), []);
+        // One who fails, and who is there again at once.
+        s.finish(demand, false);
+        assert_eq!(drain(&mut s, now), [third], "nothing has to settle");
+        s.finish(third, true);
+        let again = s.submit(Demand, 0).unwrap();
+        assert_eq!(drain(&mut s, now), [again]);
+        let fourth = s.submit(Hydrate, 0).unwrap();
+        s.finish(again, false);
+        assert_eq!(drain(&mut s, now), [fourth]);
+    }
+
+    #[test]
     fn hydration_is_not_starved_by_a_full_house() {
         let mut s = scheduler(2);
-        s.submit(Hydrate).unwrap();
-        let mut running: VecDeque<_> = (0..2).map(|_| s.submit(Demand).unwrap()).collect();
+        s.submit(Hydrate, 0).unwrap();
+        let mut running: VecDeque<_> = (0..2).map(|_| s.submit(Demand, 0).unwrap()).collect();
         assert_eq!(running, drain(&mut s, Duration::ZERO));
-        s.submit(Demand).unwrap();
-        s.finish(running.pop_front().unwrap());
+        s.submit(Demand, 0).unwrap();
+        s.finish(running.pop_front().unwrap(), true);
         assert!(s.grant(SECOND).is_some());
         assert_eq!(s.count(Hydrate), 1);
+    }
+
+    #[test]
+    fn layers_have_their_turns() {
+        let mut s = scheduler(8);
+        let many: Vec<_> = (0..5).map(|_| s.submit(Demand, 1).unwrap()).collect();
+        let few: Vec<_> = (0..2).map(|_| s.submit(Demand, 2).unwrap()).collect();
+        let late = s.submit(Hydrate, 3).unwrap();
+        s.raise(late, Demand);
+        s.finish(many[1], false);
+        let order = [many[0], few[0], late, many[2], few[1], many[3], many[4]];
+        assert_eq!(drain(&mut s, Duration::ZERO), order);
     }
 
     #[test]
     fn a_full_queue_refuses() {
         let mut s = scheduler(2);
         for _ in 0..3 {
-            s.submit(Prefetch).unwrap();
+            s.submit(Prefetch, 0).unwrap();
         }
-        assert!(s.submit(Prefetch).is_none());
-        assert!(s.submit(Demand).is_some());
+        assert!(s.submit(Prefetch, 0).is_none());
+        assert!(s.submit(Demand, 0).is_some());
     }
 
     #[test]
     fn raising_moves_a_waiting_request_and_marks_a_running_one() {
         let mut s = scheduler(2);
-        let running = s.submit(Prefetch).unwrap();
-        let waiting = s.submit(Prefetch).unwrap();
+        let running = s.submit(Prefetch, 0).unwrap();
+        let waiting = s.submit(Prefetch, 0).unwrap();
         assert_eq!(drain(&mut s, Duration::ZERO), [running]);
         s.raise(waiting, Demand);
         assert_eq!(drain(&mut s, Duration::ZERO), [waiting]);
         s.raise(running, Demand);
-        s.finish(waiting);
+        s.finish(waiting, true);
         assert!(s.demand_active());
         s.raise(running, Hydrate);
         assert!(s.demand_active());
-        s.finish(running);
+        s.finish(running, true);
         assert!(!s.demand_active());
     }
 
@@ -312,11 +386,11 @@ mod tests {
             let mut now = Duration::ZERO;
             for (operation, pick) in operations {
                 match operation {
-                    0..3 => live.extend(s.submit([Demand, Prefetch, Hydrate][operation as usize])),
+                    0..3 => live.extend(s.submit([Demand, Prefetch, Hydrate][operation as usize], u32::from(operation))),
                     3 if !live.is_empty() => {
                         let ticket = live.swap_remove(pick.index(live.len()));
                         running.retain(|other| *other != ticket);
-                        s.finish(ticket);
+                        s.finish(ticket, true);
                     }
                     _ => now += SECOND / 4,
                 }
@@ -331,9 +405,9 @@ mod tests {
                 now += SECOND;
                 running.extend(drain(&mut s, now));
                 let Some(ticket) = running.pop() else { break };
-                s.finish(ticket);
+                s.finish(ticket, true);
             }
-            prop_assert!(s.waiting.iter().all(VecDeque::is_empty));
+            prop_assert!(s.waiting.iter().all(Lanes::is_empty));
         }
     }
 }

@@ -9,11 +9,12 @@ use std::time::Duration;
 
 use bytes::{Buf, Bytes};
 use futures::StreamExt;
-use millstream_chunkstore::{Layer, LayerState};
+use futures::future::BoxFuture;
+use millstream_chunkstore::Layer;
 use millstream_oci::Digest;
 use millstream_profile::proof::{self, Mask, proof_len};
 use millstream_profile::{Profile, pieces};
-use millstream_source::{ByteStream, ErrorKind, Priority, ProfileSource, SourceError, names};
+use millstream_source::{ByteStream, ErrorKind, Priority, ServedProfile, SourceError, names};
 use millstream_toc::DataRange;
 use millstream_toc::format::ChunkIx;
 use millstream_toc::read::Chunk;
@@ -40,6 +41,20 @@ const BATCHES: usize = 4;
 const TRIAL: Duration = Duration::from_millis(100);
 /// A stream that is over: every piece has come that ever will.
 const OVER: u64 = u64::MAX;
+
+/// A startup profile that a source was asked for: before it is certain that the image is lazy, since each round trip counts.
+pub struct AskedProfile {
+    /// Layers of which nothing is to come, as the source was told.
+    pub local: Vec<Digest>,
+    /// The answer; dropping it takes the request back.
+    pub answer: BoxFuture<'static, Result<ServedProfile, SourceError>>,
+}
+
+impl std::fmt::Debug for AskedProfile {
+    fn fmt(&self, f: &mut std::fmt::Formatter<'_>) -> std::fmt::Result {
+        f.debug_struct("AskedProfile").field("local", &self.local).finish_non_exhaustive()
+    }
+}
 
 /// A piece of the stream: pages of one chunk.
 #[derive(Debug, Clone, Copy)]
@@ -176,25 +191,19 @@ impl Shared {
         Ok(())
     }
 
-    /// Has the source say what starts of an image read, and brings it. `image` is all layers of the image.
+    /// Brings what starts of an image read. `image` is all layers of the image.
     ///
     /// # Errors
     /// Those of the source; then what did not come is fetched when it is read.
     pub(crate) async fn replay(
         self: &Arc<Self>,
         image: &[(Digest, Option<Arc<Attached>>)],
-        source: &dyn ProfileSource,
+        asked: AskedProfile,
     ) -> Result<(), SourceError> {
-        let lazy = |attached: &Arc<Attached>| attached.layer.state() == LayerState::Lazy;
-        let local: Vec<Digest> = image
-            .iter()
-            .filter(|(_, attached)| !attached.as_ref().is_some_and(lazy))
-            .map(|(digest, _)| *digest)
-            .collect();
         self.tally.request();
         let _foreground = self.gate.foreground();
-        let served = bounded(self.options.idle_timeout, "startup profile", source.profile(true, &local)).await?;
-        let layers = known_layers(&served.plan, image, &local)?;
+        let served = bounded(self.options.idle_timeout, "startup profile", asked.answer).await?;
+        let layers = known_layers(&served.plan, image, &asked.local)?;
         let pieces = all_pieces(&served.plan, &layers)?;
         let replay = Arc::new(Replay::new(&layers, &pieces));
         let Some(packed) = served.packed else { return self.fetch_in_order(&layers, &pieces).await };
@@ -267,14 +276,15 @@ impl Shared {
     }
 }
 
-/// The layers of the plan that pages can be taken in for, in its order.
+/// The layers of the plan that pages can be taken in for, in its order. One that is neither here whole nor known by the plan's own
+/// table must have no runs: how much of the stream is its is not known.
 fn known_layers(
     plan: &Profile,
     image: &[(Digest, Option<Arc<Attached>>)],
     local: &[Digest],
 ) -> Result<Vec<Option<Arc<Attached>>>, SourceError> {
-    let find = |layer: &millstream_profile::ProfileLayer| {
-        if local.contains(&layer.digest) {
+    let find = |(ix, layer): (usize, &millstream_profile::ProfileLayer)| {
+        if local.contains(&layer.digest) || !plan.runs.iter().any(|run| run.layer as usize == ix) {
             return Ok(None);
         }
         let attached = image.iter().find(|(digest, _)| *digest == layer.digest).and_then(|(_, known)| known.clone());
@@ -286,7 +296,7 @@ fn known_layers(
             }
         }
     };
-    plan.layers.iter().map(find).collect()
+    plan.layers.iter().enumerate().map(find).collect()
 }
 
 /// What comes for each run, but for layers that are here.

@@ -272,7 +272,7 @@ fn limits() -> Limits {
 
 /// Takes a place, holds it for a moment and gives it back.
 async fn hold(gate: Arc<Gate>, running: Arc<Mutex<usize>>, priority: Priority) {
-    let urgency = Urgency::new(priority);
+    let urgency = Urgency::new(priority, 1);
     let permit = gate.acquire(&urgency).await.unwrap();
     *running.lock().unwrap() += 1;
     future::yield_now().await;
@@ -315,13 +315,13 @@ fn nobody_yields_to_demand_that_is_over() {
 fn who_goes_away_while_waiting_or_becomes_urgent_holds_nobody_up() {
     explore(|| {
         let gate = Arc::new(Gate::new(limits()));
-        let urgency = Arc::new(Urgency::new(Priority::Hydrate));
-        let holder = block_on(gate.acquire(&Urgency::new(Priority::Demand))).unwrap();
+        let urgency = Arc::new(Urgency::new(Priority::Hydrate, 1));
+        let holder = block_on(gate.acquire(&Urgency::new(Priority::Demand, 1))).unwrap();
         let waits = |urgency: Arc<Urgency>| {
             let gate = gate.clone();
             future::spawn(async move { drop(gate.acquire(&urgency).await.unwrap()) })
         };
-        let (one, two) = (waits(urgency.clone()), waits(Arc::new(Urgency::new(Priority::Hydrate))));
+        let (one, two) = (waits(urgency.clone()), waits(Arc::new(Urgency::new(Priority::Hydrate, 1))));
         let raising = {
             let (gate, urgency) = (gate.clone(), urgency.clone());
             future::spawn(async move { urgency.raise(&gate, Priority::Demand) })
@@ -333,7 +333,7 @@ fn who_goes_away_while_waiting_or_becomes_urgent_holds_nobody_up() {
         block_on(leaving).unwrap();
         drop(holder);
         let last = gate.clone();
-        block_on(future::spawn(async move { drop(last.acquire(&Urgency::new(Priority::Hydrate)).await.unwrap()) }))
+        block_on(future::spawn(async move { drop(last.acquire(&Urgency::new(Priority::Hydrate, 1)).await.unwrap()) }))
             .unwrap();
     });
 }

@@ -112,7 +112,7 @@ async fn fetch_skeleton(pass: &Pass<'_>, limit: u64) -> Result<Option<Bytes>, So
         return Ok(None);
     };
     pass.permitted().await?;
-    let urgency = Urgency::new(Priority::Hydrate);
+    let urgency = Urgency::new(Priority::Hydrate, pass.attached.layer.number());
     let _permit = shared.gate.acquire(&urgency).await?;
     shared.tally.request();
     let idle = shared.options.idle_timeout;

@@ -150,6 +150,53 @@ async fn a_reader_who_waits_forever_does_not_stop_hydration() {
     reader.abort();
 }
 
+/// A layer that a reader wants, and another one that is hydrated meanwhile.
+fn beside(limits: FetchOptions) -> (World, std::sync::Arc<Double>, std::sync::Arc<millstream_chunkstore::Layer>) {
+    let (wanted, other) = (image(17), image(18));
+    let world = World::new(&wanted, &wanted.toc, limits, store());
+    let second = world.store.admit(&other.toc).unwrap();
+    world.fetcher.attach(second.clone(), Double::new(&other).sources());
+    let source = Double::new(&wanted);
+    world.attach(source.sources());
+    world.fetcher.set_hydration(false);
+    world.fetcher.hydrate(&second.digest());
+    (world, source, second)
+}
+
+#[tokio::test(flavor = "multi_thread", worker_threads = 2)]
+async fn a_reader_of_a_dead_source_does_not_slow_other_layers_down() {
+    // At one part in this time it would take minutes.
+    let starvation = Duration::from_millis(500);
+    let (world, dead, second) = beside(FetchOptions { starvation, part_size: 16 * 1024, ..options() });
+    dead.open.send_replace(false);
+    let (fetcher, digest, file) = (world.fetcher.clone(), world.image.digest, world.file(0));
+    let reader = tokio::spawn(async move { fetcher.ensure(&digest, file, Priority::Demand).await });
+    eventually("the reader's request", || !dead.requests().is_empty()).await;
+    world.fetcher.set_hydration(true);
+    eventually("verification", || second.state() == LayerState::Verified).await;
+    assert!(!reader.is_finished());
+    reader.abort();
+}
+
+#[tokio::test(flavor = "multi_thread", worker_threads = 2)]
+async fn a_reader_who_tries_a_lying_source_again_and_again_does_not_slow_other_layers_down() {
+    // Whoever has to settle would not have in the time of this test.
+    let long = Duration::from_secs(60);
+    let (world, liar, second) = beside(FetchOptions { settle: long, starvation: long, ..options() });
+    liar.corrupt.store(true, Ordering::SeqCst);
+    let (fetcher, digest, file) = (world.fetcher.clone(), world.image.digest, world.file(0));
+    let reader = tokio::spawn(async move {
+        loop {
+            fetcher.ensure(&digest, file, Priority::Demand).await.unwrap_err();
+        }
+    });
+    eventually("the reader's requests", || liar.requests().len() > 3).await;
+    world.fetcher.set_hydration(true);
+    eventually("verification", || second.state() == LayerState::Verified).await;
+    assert!(!reader.is_finished(), "nothing was read");
+    reader.abort();
+}
+
 #[tokio::test(flavor = "multi_thread", worker_threads = 2)]
 async fn holding_back_pauses_what_is_under_way_and_nothing_is_lost() {
     let image = image(13);

@@ -14,6 +14,7 @@ use crate::run::PAGE_SIZE;
 
 /// Bytes of a chaining value.
 const CV: usize = 32;
+/// [`PAGE_SIZE`].
 const PAGE: usize = 4096;
 const _: () = assert!(PAGE as u64 == PAGE_SIZE);
 

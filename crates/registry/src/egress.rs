@@ -5,6 +5,8 @@
 //! resolved for a while.
 
 use std::collections::{HashMap, HashSet};
+use std::error::Error;
+use std::fmt;
 use std::net::{IpAddr, Ipv4Addr, SocketAddr};
 use std::sync::{Arc, Mutex, MutexGuard, PoisonError};
 use std::time::Duration;
@@ -49,6 +51,20 @@ struct Inner {
     configured: Mutex<HashSet<String>>,
     good: Mutex<HashMap<String, Good>>,
 }
+
+/// A name leads where nobody may be led.
+#[derive(Debug)]
+pub(crate) struct Inside {
+    host: String,
+}
+
+impl fmt::Display for Inside {
+    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
+        write!(f, "{} is in a private network; hint: registry.private", self.host)
+    }
+}
+
+impl Error for Inside {}
 
 /// What a name resolved to, and when.
 #[derive(Debug, Clone)]
@@ -96,7 +112,7 @@ impl Resolve for Names {
 }
 
 impl Inner {
-    async fn addresses(&self, host: &str) -> Result<Vec<SocketAddr>, String> {
+    async fn addresses(&self, host: &str) -> Result<Vec<SocketAddr>, Box<dyn Error + Send + Sync>> {
         let found = match tokio::time::timeout(self.patience, tokio::net::lookup_host((host, 0))).await {
             Ok(Ok(found)) => Ok(found.collect()),
             Ok(Err(error)) => Err(format!("{host} cannot be resolved: {error}")),
@@ -105,7 +121,7 @@ impl Inner {
         let addresses = self.settle(host, found)?;
         let outside: Vec<_> = addresses.into_iter().filter(|address| self.permits(host, address.ip())).collect();
         if outside.is_empty() {
-            return Err(format!("{host} is in a private network; hint: registry.private"));
+            return Err(Box::new(Inside { host: host.to_owned() }));
         }
         Ok(outside)
     }
@@ -248,7 +264,7 @@ mod tests {
         // Every machine resolves its own name for loopback, also written so.
         let asked = outside(&[]).inner.addresses("localhost.").await;
         assert!(
-            asked.as_ref().is_err_and(|error| error.contains("registry.private") || error.contains("resolved")),
+            asked.as_ref().is_err_and(|error| error.is::<Inside>() || error.to_string().contains("resolved")),
             "{asked:?}"
         );
         assert!(outside(&[]).inner.addresses("localhost").await.is_ok());

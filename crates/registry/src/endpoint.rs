@@ -141,6 +141,8 @@ fn is_ignored(host: &HostConfig, options: &RegistryOptions) -> bool {
 
 fn build(key: &ClientKey, options: &RegistryOptions, names: &Names) -> Result<Client, SourceError> {
     let failed = |error: reqwest::Error| local(format!("cannot set up TLS: {error}"));
+    // The kernel counts in seconds.
+    let probe = (options.idle_timeout / 3).max(Duration::from_secs(1));
     let builder = || {
         let builder = Client::builder()
             // One connection for each request under way: a slow body never holds up a reader's request.
@@ -154,7 +156,12 @@ fn build(key: &ClientKey, options: &RegistryOptions, names: &Names) -> Result<Cl
             .dns_resolver(names.clone())
             .user_agent(&options.user_agent)
             .connect_timeout(key.connect_timeout.unwrap_or(options.connect_timeout))
-            .pool_max_idle_per_host(options.max_connections_per_host);
+            .pool_max_idle_per_host(options.max_connections_per_host)
+            // The other end of a connection may be gone without a word: one that is kept for the next request is looked after,
+            // and none of them is believed in for longer than a silent body.
+            .tcp_keepalive(probe)
+            .tcp_keepalive_interval(probe)
+            .tcp_user_timeout(options.idle_timeout);
         if key.loopback { builder.no_proxy() } else { builder }
     };
     let mut full = builder().tls_danger_accept_invalid_certs(key.tls.skip_verify);

@@ -9,6 +9,7 @@ use oci_client::errors::OciEnvelope;
 use reqwest::header::{HeaderMap, RETRY_AFTER};
 use reqwest::{StatusCode, Url};
 
+use crate::egress::Inside;
 use crate::options::MAX_RETRY_AFTER;
 
 /// `url` for a person: without query, fragment and user information, any of which may hold a secret.
@@ -21,9 +22,9 @@ pub(crate) fn shown(url: &Url) -> String {
     text
 }
 
-/// A request that got no answer, or a body that broke off.
+/// A request that got no answer, or a body that broke off; or one that was not sent, since its name leads where it must not.
 pub(crate) fn broken(url: &Url, error: reqwest::Error) -> SourceError {
-    let kind = if error.is_timeout() {
+    let mut kind = if error.is_timeout() {
         ErrorKind::TimedOut
     } else if error.is_builder() {
         ErrorKind::Local
@@ -35,6 +36,9 @@ pub(crate) fn broken(url: &Url, error: reqwest::Error) -> SourceError {
     let mut cause = error.source();
     while let Some(error) = cause {
         let _ = write!(message, ": {error}");
+        if error.is::<Inside>() {
+            kind = ErrorKind::Denied;
+        }
         cause = error.source();
     }
     SourceError::new(kind, message)

@@ -18,7 +18,7 @@ pub struct RegistryOptions {
     pub connect_timeout: Duration,
     /// Time from sending a request to the head of its answer.
     pub first_byte_timeout: Duration,
-    /// Time without a byte of a body.
+    /// Time without a byte of a body; and without a sign of life of a connection, whether it is in use or not.
     pub idle_timeout: Duration,
     /// Time to wait for one of the connections of a host to become free.
     pub queue_timeout: Duration,

@@ -147,9 +147,10 @@ fn source_code(kind: ErrorKind) -> Code {
         ErrorKind::NotImported => Code::FailedPrecondition,
         ErrorKind::NotEligible | ErrorKind::NoRange => Code::InvalidArgument,
         ErrorKind::Exhausted => Code::ResourceExhausted,
-        ErrorKind::DigestMismatch => Code::DataLoss,
+        // An answer of the registry that cannot be right: not that this server, or the registry, is down.
+        ErrorKind::DigestMismatch | ErrorKind::Malformed => Code::DataLoss,
         ErrorKind::TimedOut => Code::DeadlineExceeded,
-        ErrorKind::Malformed | ErrorKind::Unavailable => Code::Unavailable,
+        ErrorKind::Unavailable => Code::Unavailable,
         ErrorKind::Local => Code::Internal,
     }
 }

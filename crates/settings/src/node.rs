@@ -72,6 +72,8 @@ pub struct FetchSettings {
     pub hydration: bool,
     /// Whether content that other images on this node hold is taken over instead of being fetched.
     pub sharing: bool,
+    /// Whether it is recorded what starts of images read, and brought ahead of the next start.
+    pub profiles: bool,
     /// Requests to registries and server under way at once, at least 2; one is kept for readers that wait.
     pub connections: usize,
     /// How long a read may wait for its bytes before it fails with EIO.
@@ -140,7 +142,7 @@ impl Default for ServerSettings {
 
 impl Default for FetchSettings {
     fn default() -> Self {
-        Self { hydration: true, sharing: true, connections: 8, read_deadline: Duration::from_secs(60) }
+        Self { hydration: true, sharing: true, profiles: true, connections: 8, read_deadline: Duration::from_secs(60) }
     }
 }
 

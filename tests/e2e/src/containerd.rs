@@ -67,6 +67,15 @@ pub enum Snapshotter {
         /// Its root directory, for the accounting of disk space.
         root: PathBuf,
     },
+    /// A running daemon of somebody else.
+    Other {
+        /// Under which containerd and its clients know it.
+        name: &'static str,
+        /// The socket of its snapshot service.
+        socket: PathBuf,
+        /// Its root directory, for the accounting of disk space.
+        root: PathBuf,
+    },
 }
 
 impl Snapshotter {
@@ -75,6 +84,7 @@ impl Snapshotter {
         match self {
             Self::Overlayfs => "overlayfs",
             Self::Millstream { .. } => MILLSTREAM,
+            Self::Other { name, .. } => name,
         }
     }
 }
@@ -104,10 +114,22 @@ impl ContainerdOptions {
     }
 }
 
+/// What the bench changes of a containerd's settings.
+#[derive(Debug, Clone, Default, PartialEq, Eq)]
+pub struct Tuning {
+    /// Lines at the head of a table of its configuration file, such as `[plugins."..."]`.
+    pub lines: Option<(&'static str, String)>,
+    /// Its environment, besides that of this process.
+    pub env: Vec<(&'static str, &'static str)>,
+    /// A directory of programs that it finds first.
+    pub programs: Option<PathBuf>,
+}
+
 /// A running containerd.
 #[derive(Debug)]
 pub struct Containerd {
     options: ContainerdOptions,
+    tuning: Tuning,
     dir: PathBuf,
     installation: Option<Installation>,
     log: PathBuf,
@@ -132,7 +154,7 @@ impl Containerd {
     pub fn start_as(work: &Workdir, name: &str, options: ContainerdOptions) -> Result<Self> {
         let dir = work.dir(name)?;
         let text = config_text(&dir, &options);
-        Self::start_with(work, name, options, &text, None)
+        Self::start_with(work, name, options, &text, None, Tuning::default())
     }
 
     /// The same with lines in front of a table of its configuration file, such as `[plugins."..."]`; what a test of one setting needs.
@@ -141,11 +163,33 @@ impl Containerd {
     ///
     /// If there is no such table, or it does not start.
     pub fn start_set(work: &Workdir, options: ContainerdOptions, table: &str, lines: &str) -> Result<Self> {
-        let name = format!("containerd{}", options.version.major());
-        let text = config_text(&work.dir(&name)?, &options);
-        ensure!(text.contains(table), "the configuration has no {table}");
-        let text = text.replacen(table, &format!("{table}\n{lines}"), 1);
-        Self::start_with(work, &name, options, &text, None)
+        Self::start_lined(work, options, Some((table, lines)), Tuning::default())
+    }
+
+    /// The same with these settings.
+    ///
+    /// # Errors
+    ///
+    /// If there is no such table, or it does not start.
+    pub fn start_tuned(work: &Workdir, options: ContainerdOptions, tuning: Tuning) -> Result<Self> {
+        let lines = tuning.lines.clone();
+        let lines = lines.as_ref().map(|(table, lines)| (*table, lines.as_str()));
+        Self::start_lined(work, options, lines, tuning)
+    }
+
+    fn start_lined(
+        work: &Workdir,
+        options: ContainerdOptions,
+        lines: Option<(&str, &str)>,
+        tuning: Tuning,
+    ) -> Result<Self> {
+        let name = ContainerdOptions::dir_name(options.version);
+        let mut text = config_text(&work.dir(&name)?, &options);
+        if let Some((table, lines)) = lines {
+            ensure!(text.contains(table), "the configuration has no {table}");
+            text = text.replacen(table, &format!("{table}\n{lines}"), 1);
+        }
+        Self::start_with(work, &name, options, &text, None, tuning)
     }
 
     /// Starts it in an installation: its file says where its root, state and sockets are, and imports what is in
@@ -157,7 +201,7 @@ impl Containerd {
     pub fn start_in(work: &Workdir, installation: &Installation, options: ContainerdOptions) -> Result<Self> {
         let name = format!("containerd{}", options.version.major());
         let text = importing_text(&work.dir(&name)?, options.version);
-        Self::start_with(work, &name, options, &text, Some(installation.clone()))
+        Self::start_with(work, &name, options, &text, Some(installation.clone()), Tuning::default())
     }
 
     fn start_with(
@@ -166,10 +210,11 @@ impl Containerd {
         options: ContainerdOptions,
         text: &str,
         installation: Option<Installation>,
+        tuning: Tuning,
     ) -> Result<Self> {
         let dir = work.dir(name)?;
         std::fs::write(dir.join("config.toml"), text)?;
-        let mut containerd = Self { options, dir, installation, log: work.log(name), process: None };
+        let mut containerd = Self { options, tuning, dir, installation, log: work.log(name), process: None };
         containerd.launch()?;
         Ok(containerd)
     }
@@ -184,9 +229,10 @@ impl Containerd {
         command.arg("--config").arg(self.dir.join("config.toml"));
         // The shim is looked for on the search path.
         let path = std::env::var_os("PATH").unwrap_or_default();
-        let dirs = self.installation.iter().map(Installation::programs).chain([programs]);
+        let first = self.tuning.programs.iter().cloned();
+        let dirs = first.chain(self.installation.iter().map(Installation::programs)).chain([programs]);
         let dirs = dirs.chain(std::env::split_paths(&path)).chain(["/usr/sbin".into(), "/sbin".into()]);
-        command.env("PATH", std::env::join_paths(dirs)?);
+        command.env("PATH", std::env::join_paths(dirs)?).envs(self.tuning.env.iter().copied());
         let mut process = Process::spawn("containerd", command, &self.log)?;
         let socket = self.socket();
         process.wait_ready(READY, || socket_accepts(&socket) && self.ctr("default", &["version"]).is_ok())?;
@@ -204,6 +250,11 @@ impl Containerd {
             process.crash()?;
         }
         self.launch()
+    }
+
+    /// Its process, while it runs.
+    pub fn id(&self) -> Option<u32> {
+        self.process.as_ref().map(Process::id)
     }
 
     /// Its socket, for CRI and for its own interface.
@@ -354,13 +405,17 @@ disabled_plugins = ["io.containerd.snapshotter.v1.aufs", "io.containerd.snapshot
 
 /// The stanza that makes a snapshotter of a socket; the same in both versions of the file.
 fn proxy_plugin(options: &ContainerdOptions) -> String {
-    let Snapshotter::Millstream { socket, root } = &options.snapshotter else { return String::new() };
+    let (Snapshotter::Millstream { socket, root } | Snapshotter::Other { socket, root, .. }) = &options.snapshotter
+    else {
+        return String::new();
+    };
+    let name = options.snapshotter.name();
     format!(
         r#"
-[proxy_plugins.{MILLSTREAM}]
+[proxy_plugins.{name}]
   type = "snapshot"
   address = "{socket}"
-  [proxy_plugins.{MILLSTREAM}.exports]
+  [proxy_plugins.{name}.exports]
     root = "{root}"
     enable_remote_snapshot_annotations = "{labels}"
 "#,

@@ -10,6 +10,7 @@ use std::time::Duration;
 use anyhow::{Context as _, Result};
 use millstream_wire::containerd::services::snapshots::v1::snapshots_client::SnapshotsClient;
 use millstream_wire::containerd::services::snapshots::v1::{Info, ListSnapshotsRequest};
+use millstream_wire::millstream::v1::layer_status::State;
 use millstream_wire::millstream::v1::node_client::NodeClient;
 use millstream_wire::millstream::v1::{
     ExplainRequest, ExplainResponse, GcRequest, SetHydrationRequest, SetStreamingRequest, StatusRequest, StatusResponse,
@@ -19,6 +20,7 @@ use crate::containerd::Snapshotter;
 use crate::cri::connect;
 use crate::installation::Installation;
 use crate::link::Link;
+use crate::names;
 use crate::need::product;
 use crate::process::{Process, eventually, peak_memory, socket_accepts};
 use crate::registry::Tls;
@@ -52,6 +54,8 @@ pub struct NodeOptions {
     pub more: String,
     /// Where its metrics are shown, if anywhere.
     pub metrics: Option<SocketAddr>,
+    /// What it finds in the place of `/etc/resolv.conf`, if not that. Its mount is then to be seen below [`Node::sees`] only.
+    pub resolv_conf: Option<PathBuf>,
 }
 
 impl NodeOptions {
@@ -67,6 +71,7 @@ impl NodeOptions {
             read_deadline: Duration::from_secs(60),
             more: String::new(),
             metrics: None,
+            resolv_conf: None,
         }
     }
 }
@@ -79,6 +84,7 @@ pub struct Node {
     root: PathBuf,
     metrics: Option<SocketAddr>,
     installation: Option<Installation>,
+    resolv_conf: Option<PathBuf>,
     log: PathBuf,
     process: Option<Process>,
 }
@@ -93,8 +99,8 @@ impl Node {
         let dir = work.dir("node")?;
         let (config, socket, root) = (dir.join("millstreamd.toml"), dir.join("m.sock"), dir.join("root"));
         std::fs::write(&config, node_settings(&dir, options)?)?;
-        let (metrics, log) = (options.metrics, work.log(NODE));
-        let mut node = Self { config, socket, root, metrics, installation: None, log, process: None };
+        let (metrics, log, resolv_conf) = (options.metrics, work.log(NODE), options.resolv_conf.clone());
+        let mut node = Self { config, socket, root, metrics, installation: None, resolv_conf, log, process: None };
         node.launch()?;
         Ok(node)
     }
@@ -112,7 +118,8 @@ impl Node {
         let root = installation.at("/var/lib/millstream");
         let installation = Some(installation.clone());
         let log = work.log(NODE);
-        let mut node = Self { config, socket, root, metrics: None, installation, log, process: None };
+        let (metrics, resolv_conf) = (None, None);
+        let mut node = Self { config, socket, root, metrics, installation, resolv_conf, log, process: None };
         node.launch()?;
         Ok(node)
     }
@@ -127,9 +134,10 @@ impl Node {
             return Ok(());
         }
         let program = product(NODE).context("millstreamd is not built")?;
-        let mut command = match &self.installation {
-            Some(installation) => installation.command(&program),
-            None => Command::new(program),
+        let mut command = match (&self.installation, &self.resolv_conf) {
+            (Some(installation), _) => installation.command(&program),
+            (None, Some(resolv_conf)) => names::asking(resolv_conf, &program),
+            (None, None) => Command::new(program),
         };
         command.arg("--config").arg(&self.config);
         let mut process = Process::spawn(NODE, command, &self.log)?;
@@ -147,6 +155,16 @@ impl Node {
     /// Directory of its state.
     pub fn root(&self) -> PathBuf {
         self.root.clone()
+    }
+
+    /// Where the mounts that it sees are, for a path that it knows.
+    ///
+    /// # Errors
+    ///
+    /// If it does not run.
+    pub fn sees(&self, path: &Path) -> Result<PathBuf> {
+        let supervisor = self.supervisor().with_context(|| format!("{NODE} does not run"))?;
+        Ok(Path::new(&format!("/proc/{supervisor}/root")).join(path.strip_prefix("/")?))
     }
 
     /// File with its settings; what is changed there holds from its next start on.
@@ -258,6 +276,13 @@ impl Node {
         status_of(&self.socket())
     }
 
+    /// Whether it has lazy layers, and all of them are wholly local and verified.
+    pub fn is_all_local(&self) -> bool {
+        self.status().is_ok_and(|status| {
+            !status.layers.is_empty() && status.layers.iter().all(|layer| layer.state() == State::Verified)
+        })
+    }
+
     /// All its snapshots, of whatever namespace, as garbage collection lists them.
     ///
     /// # Errors
@@ -344,11 +369,21 @@ impl Server {
     ///
     /// If it does not start.
     pub fn start(work: &Workdir, options: &ServerOptions, link: Option<&Link>) -> Result<Self> {
+        Self::start_as(work, options, |program| {
+            link.map_or_else(|| Command::new(program), |link| link.command(program))
+        })
+    }
+
+    /// The same by a command that starts the program.
+    ///
+    /// # Errors
+    ///
+    /// If it does not start.
+    pub fn start_as(work: &Workdir, options: &ServerOptions, command: impl FnOnce(&Path) -> Command) -> Result<Self> {
         let dir = work.dir("server")?;
         let file = dir.join("millstream-server.toml");
         std::fs::write(&file, server_settings(&dir, options)?)?;
-        let program = product(SERVER).context("millstream-server is not built")?;
-        let mut command = link.map_or_else(|| Command::new(&program), |link| link.command(&program));
+        let mut command = command(&product(SERVER).context("millstream-server is not built")?);
         command.arg("--config").arg(&file);
         let mut process = Process::spawn(SERVER, command, &work.log(SERVER))?;
         let port = options.address.port();

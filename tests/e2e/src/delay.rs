@@ -9,6 +9,7 @@ use std::io::Write as _;
 use std::net::SocketAddr;
 use std::path::Path;
 use std::sync::Arc;
+use std::sync::Mutex;
 use std::sync::atomic::{AtomicBool, AtomicU64, Ordering};
 use std::time::Duration;
 
@@ -19,6 +20,8 @@ use tokio::net::tcp::{OwnedReadHalf, OwnedWriteHalf};
 use tokio::net::{TcpListener, TcpStream, UnixListener};
 use tokio::sync::mpsc;
 use tokio::time::Instant;
+
+use crate::watch::{Conversation, Requests, Watch};
 
 /// Bytes of one read.
 const PIECE: usize = 64 * 1024;
@@ -38,12 +41,31 @@ pub struct Counts {
     pub received: u64,
 }
 
+/// A share of the requests that the proxy lets wait.
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+pub struct Stall {
+    /// One request in so many, by their order.
+    pub every: u64,
+    /// How much longer it travels.
+    pub time: Duration,
+}
+
+/// What a proxy tells.
+#[derive(Debug, Serialize, Deserialize)]
+struct Told {
+    counts: Counts,
+    requests: Requests,
+}
+
 #[derive(Debug, Default)]
 struct Counters {
     connections: AtomicU64,
     turns: AtomicU64,
     sent: AtomicU64,
     received: AtomicU64,
+    /// Requests that were considered for a stall.
+    considered: AtomicU64,
+    watch: Watch,
 }
 
 impl Counters {
@@ -55,15 +77,28 @@ impl Counters {
             received: self.received.load(Ordering::Relaxed),
         }
     }
+
+    /// How much longer the request that begins now travels.
+    fn held_back(&self, stall: Option<Stall>) -> Duration {
+        let Some(stall) = stall else { return Duration::ZERO };
+        let number = self.considered.fetch_add(1, Ordering::Relaxed) + 1;
+        if number.is_multiple_of(stall.every.max(1)) { stall.time } else { Duration::ZERO }
+    }
 }
 
 /// Serves `listen` until the process ends, passing connections on to `target`. Whoever connects to the unix socket
-/// `stats` is told the [`Counts`] as JSON.
+/// `stats` is told the [`Counts`] and [`Requests`] as JSON.
 ///
 /// # Errors
 ///
 /// If one of the two places cannot be listened on, or accepting fails.
-pub async fn serve(listen: SocketAddr, target: SocketAddr, one_way: Duration, stats: &Path) -> Result<()> {
+pub async fn serve(
+    listen: SocketAddr,
+    target: SocketAddr,
+    one_way: Duration,
+    stall: Option<Stall>,
+    stats: &Path,
+) -> Result<()> {
     let counters = Arc::new(Counters::default());
     let listener = TcpListener::bind(listen).await.with_context(|| format!("listening on {listen}"))?;
     let stats = UnixListener::bind(stats).with_context(|| format!("listening on {}", stats.display()))?;
@@ -73,11 +108,12 @@ pub async fn serve(listen: SocketAddr, target: SocketAddr, one_way: Duration, st
                 let (client, _) = client.context("accepting a connection")?;
                 let counters = Arc::clone(&counters);
                 // A connection that breaks is what its two ends must cope with, not this loop.
-                tokio::spawn(async move { carry(client, target, one_way, counters).await.ok() });
+                tokio::spawn(async move { carry(client, target, one_way, stall, &counters).await.ok() });
             }
             asker = stats.accept() => {
                 let (mut asker, _) = asker.context("accepting a question")?;
-                asker.write_all(&serde_json::to_vec(&counters.read())?).await.ok();
+                let told = Told { counts: counters.read(), requests: counters.watch.read() };
+                asker.write_all(&serde_json::to_vec(&told)?).await.ok();
             }
         }
     }
@@ -89,6 +125,19 @@ pub async fn serve(listen: SocketAddr, target: SocketAddr, one_way: Duration, st
 ///
 /// If it does not answer.
 pub fn counts(stats: &Path) -> Result<Counts> {
+    Ok(told(stats)?.counts)
+}
+
+/// Asks a proxy for the requests that it has seen.
+///
+/// # Errors
+///
+/// If it does not answer.
+pub fn requests(stats: &Path) -> Result<Requests> {
+    Ok(told(stats)?.requests)
+}
+
+fn told(stats: &Path) -> Result<Told> {
     let mut asker = std::os::unix::net::UnixStream::connect(stats)
         .with_context(|| format!("asking the proxy at {}", stats.display()))?;
     asker.set_read_timeout(Some(Duration::from_secs(5)))?;
@@ -96,7 +145,13 @@ pub fn counts(stats: &Path) -> Result<Counts> {
     Ok(serde_json::from_reader(asker)?)
 }
 
-async fn carry(client: TcpStream, target: SocketAddr, one_way: Duration, counters: Arc<Counters>) -> Result<()> {
+async fn carry(
+    client: TcpStream,
+    target: SocketAddr,
+    one_way: Duration,
+    stall: Option<Stall>,
+    counters: &Counters,
+) -> Result<()> {
     counters.connections.fetch_add(1, Ordering::Relaxed);
     let opened = Instant::now() + one_way * 2;
     let server = TcpStream::connect(target).await.with_context(|| format!("connecting to {target}"))?;
@@ -105,38 +160,43 @@ async fn carry(client: TcpStream, target: SocketAddr, one_way: Duration, counter
     let (from_client, to_client) = client.into_split();
     let (from_server, to_server) = server.into_split();
     let clients_turn = AtomicBool::new(true);
-    let there = pipe(from_client, to_server, opened, one_way, |length| {
-        counters.sent.fetch_add(length, Ordering::Relaxed);
+    let conversation = Mutex::new(Conversation::new(&counters.watch));
+    let talk = || conversation.lock().unwrap_or_else(std::sync::PoisonError::into_inner);
+    let there = pipe(from_client, to_server, opened, one_way, |bytes| {
+        counters.sent.fetch_add(bytes.len() as u64, Ordering::Relaxed);
         if clients_turn.swap(false, Ordering::Relaxed) {
             counters.turns.fetch_add(1, Ordering::Relaxed);
         }
+        if talk().client(bytes) { counters.held_back(stall) } else { Duration::ZERO }
     });
-    let back = pipe(from_server, to_client, Instant::now(), one_way, |length| {
-        counters.received.fetch_add(length, Ordering::Relaxed);
+    let back = pipe(from_server, to_client, Instant::now(), one_way, |bytes| {
+        counters.received.fetch_add(bytes.len() as u64, Ordering::Relaxed);
         clients_turn.store(true, Ordering::Relaxed);
+        talk().server(bytes);
+        Duration::ZERO
     });
     // Either direction may end long before the other; an error in one ends both, as a reset would.
     tokio::try_join!(there, back).map(drop)
 }
 
-/// One direction: what is read at a moment, or before `opened`, is written `one_way` later.
+/// One direction: what is read at a moment, or before `opened`, is written `one_way` later, and what `note` says after that.
 async fn pipe(
     mut from: OwnedReadHalf,
     mut to: OwnedWriteHalf,
     opened: Instant,
     one_way: Duration,
-    count: impl Fn(u64),
+    note: impl Fn(&[u8]) -> Duration,
 ) -> Result<()> {
     let (sender, mut receiver) = mpsc::channel::<(Instant, Vec<u8>)>(PIECES);
     let read = async move {
         loop {
             let mut piece = Vec::with_capacity(PIECE);
             let length = from.read_buf(&mut piece).await?;
-            let arrival = Instant::now().max(opened) + one_way;
+            let mut arrival = Instant::now().max(opened) + one_way;
             // An empty piece is the end of the direction; it travels as long as the rest.
             let last = length == 0;
             if !last {
-                count(length as u64);
+                arrival += note(&piece);
             }
             if sender.send((arrival, piece)).await.is_err() || last {
                 return Ok::<_, anyhow::Error>(());
@@ -179,7 +239,7 @@ mod tests {
             });
             let listen = crate::registry::free_address().unwrap();
             let at = stats.clone();
-            tokio::spawn(async move { serve(listen, target, one_way, &at).await });
+            tokio::spawn(async move { serve(listen, target, one_way, None, &at).await });
             let started = Instant::now();
             let mut client = loop {
                 match TcpStream::connect(listen).await {

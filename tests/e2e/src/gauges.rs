@@ -10,7 +10,7 @@ use anyhow::{Context as _, Result, ensure};
 
 use crate::containerd::Containerd;
 use crate::daemons::Node;
-use crate::process::let_pass;
+use crate::process::{anonymous_memory, let_pass};
 
 /// How long what was used may take to be given back. The threads of tokio's pool for blocking work live 10 s longer than their
 /// work, so nothing below that would do.
@@ -55,10 +55,7 @@ impl Process {
             *descriptors.entry(kind.to_owned()).or_default() += 1;
         }
         let threads = std::fs::read_dir(proc.join("task")).context("listing threads")?.count();
-        let status = std::fs::read_to_string(proc.join("status")).context("reading the state of a process")?;
-        let memory = status.lines().find_map(|line| line.strip_prefix("RssAnon:")).context("no memory")?;
-        let memory: u64 = memory.trim().trim_end_matches(" kB").parse()?;
-        Ok(Self { descriptors, threads, memory: memory * 1024 })
+        Ok(Self { descriptors, threads, memory: anonymous_memory(id.unsigned_abs())? })
     }
 
     /// Open descriptors.

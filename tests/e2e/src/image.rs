@@ -184,6 +184,49 @@ impl Image {
     }
 }
 
+/// Digest of the manifest or index that a layout has under a tag, or first where the tag is empty; with `sha256:`.
+///
+/// # Errors
+///
+/// If the layout does not have it.
+pub fn manifest_of(layout: &Path, tag: &str) -> Result<String> {
+    let path = layout.join("index.json");
+    let text = std::fs::read(&path).with_context(|| format!("reading {}", path.display()))?;
+    let index: Value = serde_json::from_slice(&text).with_context(|| format!("understanding {}", path.display()))?;
+    let mut images = index["manifests"].as_array().into_iter().flatten();
+    // A layout of one thing needs no tag.
+    let image = images.find(|one| tag.is_empty() || one["annotations"]["org.opencontainers.image.ref.name"] == tag);
+    let digest = image.and_then(|image| image["digest"].as_str());
+    digest.map(str::to_owned).with_context(|| format!("{} has no image {tag}", layout.display()))
+}
+
+/// Makes a layout that has this image of another one only; the content is shared.
+///
+/// # Errors
+///
+/// If the other one does not have it, or a file cannot be made.
+pub fn extract(layout: &Path, tag: &str, to: &Path) -> Result<()> {
+    let manifest = manifest_of(layout, tag)?;
+    let hex = |digest: &str| digest.trim_start_matches("sha256:").to_owned();
+    let content = std::fs::read(layout.join("blobs/sha256").join(hex(&manifest)))?;
+    let content_json: Value = serde_json::from_slice(&content)?;
+    let blobs = to.join("blobs/sha256");
+    std::fs::create_dir_all(&blobs).with_context(|| format!("making {}", blobs.display()))?;
+    let parts = content_json["layers"].as_array().into_iter().flatten().chain([&content_json["config"]]);
+    let digests = parts.filter_map(|part| part["digest"].as_str()).chain([manifest.as_str()]);
+    for name in digests.map(hex) {
+        // One layer may occur more than once.
+        if !blobs.join(&name).exists() {
+            std::fs::hard_link(layout.join("blobs/sha256").join(&name), blobs.join(&name))?;
+        }
+    }
+    std::fs::copy(layout.join("oci-layout"), to.join("oci-layout"))?;
+    let media_type = content_json["mediaType"].as_str().context("a manifest without a media type")?;
+    let only = descriptor(media_type, &hex(&manifest), content.len() as u64);
+    let index = json!({ "schemaVersion": 2, "manifests": [only] });
+    Ok(std::fs::write(to.join("index.json"), serde_json::to_vec(&index)?)?)
+}
+
 /// The image of a pod's own container: it sleeps.
 ///
 /// # Errors

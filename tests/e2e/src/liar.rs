@@ -18,6 +18,8 @@ use tokio_stream::Stream;
 use tonic::transport::{Channel, Endpoint, Server};
 use tonic::{Code, Request, Response, Status, Streaming};
 
+/// Bytes of a window, at most.
+const WINDOW: usize = 32 << 10;
 /// Bytes of one message.
 const MESSAGE: usize = 32 << 20;
 
@@ -39,6 +41,8 @@ pub enum Lie {
     Long,
     /// Content of another layer of the image.
     OtherLayer,
+    /// Windows only; content passes.
+    Window(Window),
     /// Content and windows: messages without end.
     Endless,
     /// Content and windows: no message ever.
@@ -51,6 +55,49 @@ pub enum Lie {
     StaleTable,
 }
 
+/// How windows are wrong.
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+pub enum Window {
+    /// One bit of each is wrong.
+    WrongBit,
+    /// They are those of another layer of the image.
+    OtherLayer,
+    /// Of each the last byte is missing.
+    Short,
+    /// Each has a byte too many.
+    Long,
+    /// Each is something that cannot be unpacked.
+    Garbage,
+    /// There is one too few.
+    Missing,
+    /// Each is empty.
+    Empty,
+    /// None comes, ever.
+    Hang,
+}
+
+impl Window {
+    /// Of one window as it is sent.
+    fn spoil(self, packed: &mut Vec<u8>) -> Result<(), Status> {
+        let failed = |error: std::io::Error| Status::internal(error.to_string());
+        let mut raw = zstd::bulk::decompress(packed, WINDOW).map_err(failed)?;
+        match self {
+            Self::WrongBit => spoil(&mut raw),
+            Self::Short => drop(raw.pop()),
+            Self::Long => raw.push(0),
+            Self::Garbage => raw.clear(),
+            Self::Empty => {
+                packed.clear();
+                return Ok(());
+            }
+            Self::OtherLayer | Self::Missing | Self::Hang => return Ok(()),
+        }
+        *packed =
+            if self == Self::Garbage { vec![0x55; 100] } else { zstd::bulk::compress(&raw, 1).map_err(failed)? };
+        Ok(())
+    }
+}
+
 type Messages<T> = Pin<Box<dyn Stream<Item = Result<T, Status>> + Send>>;
 
 #[derive(Debug)]
@@ -58,7 +105,7 @@ struct State {
     client: ImagesClient<Channel>,
     lie: Mutex<Lie>,
     lied: AtomicU32,
-    /// Digests of layers to take content of others from.
+    /// Digests of layers to take what is given for others from.
     layers: Mutex<Vec<String>>,
 }
 
@@ -69,6 +116,12 @@ impl State {
 
     fn lied(&self) {
         self.lied.fetch_add(1, Ordering::Relaxed);
+    }
+
+    /// Another layer of the image.
+    fn another_than(&self, layer: &str) -> String {
+        let layers = self.layers.lock().unwrap_or_else(PoisonError::into_inner);
+        layers.iter().rfind(|other| *other != layer).cloned().unwrap_or_default()
     }
 
     /// The lie, unless it is to refuse.
@@ -130,7 +183,7 @@ impl Liar {
         self.state.lied.load(Ordering::Relaxed)
     }
 
-    /// Layers (`sha256:…`) whose content [`Lie::OtherLayer`] gives for that of others.
+    /// Layers (`sha256:…`) whose content and windows are given for those of others; the last ones first.
     pub fn layers(&self, layers: Vec<String>) {
         *self.state.layers.lock().unwrap_or_else(PoisonError::into_inner) = layers;
     }
@@ -240,14 +293,26 @@ impl Images for Proxy {
         request: Request<wire::GetWindowsRequest>,
     ) -> Result<Response<Self::GetWindowsStream>, Status> {
         let lie = self.0.heard()?;
-        let stream = self.0.client.clone().get_windows(request.into_inner()).await?.into_inner();
+        let mut request = request.into_inner();
+        if lie == Lie::Window(Window::OtherLayer) {
+            request.layer = self.0.another_than(&request.layer);
+        }
+        let stream = self.0.client.clone().get_windows(request).await?.into_inner();
         if lie == Lie::None {
             return Ok(passed(stream));
         }
         self.0.lied();
         let mut messages = collected(stream).await?;
         match lie {
-            Lie::Hang => return Ok(Response::new(Box::pin(tokio_stream::pending()))),
+            Lie::Hang | Lie::Window(Window::Hang) => return Ok(Response::new(Box::pin(tokio_stream::pending()))),
+            Lie::Window(Window::Missing) => {
+                messages.last_mut().and_then(|message| message.windows.pop());
+            }
+            Lie::Window(how) => {
+                let windows = messages.iter_mut().flat_map(|message| &mut message.windows);
+                // A span that needs none has an empty one.
+                windows.filter(|window| !window.is_empty()).try_for_each(|window| how.spoil(window))?;
+            }
             Lie::Endless => {
                 return Ok(given(std::iter::repeat_with(move || Ok(messages.first().cloned().unwrap_or_default()))));
             }
@@ -299,11 +364,10 @@ impl Images for Proxy {
         let lie = self.0.heard()?;
         let mut request = request.into_inner();
         if lie == Lie::OtherLayer {
-            let layers = self.0.layers.lock().unwrap_or_else(PoisonError::into_inner).clone();
-            request.layer = layers.into_iter().find(|layer| *layer != request.layer).unwrap_or_default();
+            request.layer = self.0.another_than(&request.layer);
         }
         let stream = self.0.client.clone().read_data(request).await?.into_inner();
-        if lie == Lie::None {
+        if matches!(lie, Lie::None | Lie::Window(_)) {
             return Ok(passed(stream));
         }
         self.0.lied();

@@ -1,6 +1,7 @@
-//! Harness of the end-to-end tests and of the demo.
+//! Harness of the end-to-end tests, of the demo and of the bench.
 #![doc = include_str!("../README.md")]
 
+pub mod answer;
 pub mod busy;
 pub mod caller;
 pub mod containerd;
@@ -15,16 +16,20 @@ pub mod installation;
 pub mod layer;
 pub mod liar;
 pub mod link;
+pub mod names;
 pub mod need;
 mod pack;
 pub mod process;
 pub mod readers;
+pub mod recipe;
 pub mod registry;
+pub mod rig;
 pub mod scenario;
 pub mod spoil;
 pub mod stage;
 mod sweep;
 pub mod tree;
 pub mod view;
+pub mod watch;
 pub mod web;
 pub mod workdir;

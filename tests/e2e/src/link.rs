@@ -1,18 +1,23 @@
 //! A slow line: a network namespace at the end of a veth pair, with a token bucket on both ends and delay proxies.
 //!
 //! The node under test stays in the caller's network; registry and server run on the far side. Bandwidth is the
-//! kernel's doing (`tbf`), delay is that of [`crate::delay`], since a kernel may lack `netem`.
+//! kernel's doing (`tbf`), delay is that of [`crate::delay`], since a kernel may lack `netem`. The line can be cut, and the far
+//! side can have more addresses, each of which can fall silent ([`Link::silence`]) or forget its connections
+//! ([`Link::forget`]).
 
+use std::fs::File;
 use std::net::{IpAddr, Ipv4Addr, SocketAddr};
 use std::path::{Path, PathBuf};
 use std::process::Command;
 use std::time::Duration;
 
-use anyhow::{Context as _, Result};
+use anyhow::{Context as _, Result, anyhow};
+use rustix::thread::{LinkNameSpaceType, move_into_link_name_space};
 
-use crate::delay::{self, Counts};
-use crate::need::product;
+use crate::delay::{self, Counts, Stall};
+use crate::need::{product, program};
 use crate::process::{Process, output, socket_accepts};
+use crate::watch::Requests;
 use crate::workdir::Workdir;
 
 /// The near end of the line.
@@ -21,6 +26,8 @@ pub const NEAR: IpAddr = IpAddr::V4(Ipv4Addr::new(10, 231, 77, 1));
 pub const FAR: IpAddr = IpAddr::V4(Ipv4Addr::new(10, 231, 77, 2));
 /// The program that adds the delay.
 pub const PROGRAM: &str = "millstream-link";
+/// The program that makes an address fall silent.
+pub const FILTER: &str = "iptables";
 const READY: Duration = Duration::from_secs(15);
 
 /// Properties of the line.
@@ -45,8 +52,10 @@ pub struct Link {
     options: LinkOptions,
     netns: String,
     near: String,
+    far: String,
     dir: PathBuf,
     log: PathBuf,
+    stall: Option<Stall>,
     proxies: Vec<(PathBuf, Process)>,
 }
 
@@ -88,7 +97,12 @@ impl Link {
         output(Command::new("tc").args(shape(&near)))?;
         output(Command::new("tc").args(["-n", &netns]).args(shape(&far)))?;
         let dir = work.dir("link")?;
-        Ok(Self { options, netns, near, dir, log: work.log("link"), proxies: Vec::new() })
+        Ok(Self { options, netns, near, far, dir, log: work.log("link"), stall: None, proxies: Vec::new() })
+    }
+
+    /// Holds a share of the requests back at what is exposed from now on.
+    pub fn set_stall(&mut self, stall: Option<Stall>) {
+        self.stall = stall;
     }
 
     /// A command that will run on the far side.
@@ -111,6 +125,10 @@ impl Link {
         let mut command = self.command(&program);
         command.args(["delay", "--listen", &listen.to_string(), "--target", &target.to_string()]);
         command.arg("--one-way-ms").arg(self.options.one_way.as_millis().to_string());
+        if let Some(stall) = self.stall {
+            command.arg("--stall-every").arg(stall.every.to_string());
+            command.arg("--stall-ms").arg(stall.time.as_millis().to_string());
+        }
         command.arg("--stats").arg(&stats);
         let mut process = Process::spawn(PROGRAM, command, &self.log)?;
         process.wait_ready(READY, || socket_accepts(&stats))?;
@@ -135,6 +153,16 @@ impl Link {
         Ok(sum)
     }
 
+    /// The requests of HTTP/1.1 that went to this port of the far end.
+    ///
+    /// # Errors
+    ///
+    /// If nothing is exposed there, or the proxy does not answer.
+    pub fn requests(&self, port: u16) -> Result<Requests> {
+        let stats = self.dir.join(format!("stats-{port}"));
+        delay::requests(&stats)
+    }
+
     /// What the near end has seen since the line was built.
     ///
     /// # Errors
@@ -151,6 +179,82 @@ impl Link {
             received_packets: read("rx_packets")?,
             sent_packets: read("tx_packets")?,
         })
+    }
+
+    /// Unplugs the line at its far end: who begins a connection is told that there is no way, who has one hears nothing. `true`
+    /// plugs it in again.
+    ///
+    /// # Errors
+    ///
+    /// If the kernel refuses.
+    pub fn plug(&self, plugged: bool) -> Result<()> {
+        ip(&["-n", &self.netns, "link", "set", &self.far, if plugged { "up" } else { "down" }])
+    }
+
+    /// Gives the far side one more address, which only it reaches.
+    ///
+    /// # Errors
+    ///
+    /// If the kernel refuses.
+    pub fn add_address(&self, address: IpAddr) -> Result<()> {
+        let prefix = if address.is_ipv4() { 32 } else { 128 };
+        ip(&["-n", &self.netns, "address", "add", &format!("{address}/{prefix}"), "dev", "lo"])
+    }
+
+    /// The same, and the near side reaches it, too.
+    ///
+    /// # Errors
+    ///
+    /// If the kernel refuses.
+    pub fn add_reachable(&self, address: Ipv4Addr) -> Result<()> {
+        self.add_address(address.into())?;
+        ip(&["route", "add", &format!("{address}/32"), "via", &FAR.to_string(), "dev", &self.near])
+    }
+
+    /// Lets nothing pass to or from an address of the far side, without a word to anybody; `false` lets it pass again.
+    ///
+    /// # Errors
+    ///
+    /// If the kernel refuses.
+    pub fn silence(&self, address: IpAddr, silent: bool) -> Result<()> {
+        let (address, how) = (address.to_string(), if silent { "-I" } else { "-D" });
+        self.filter(&[how, "INPUT", "-d", &address, "-i", "ms+", "-j", "DROP"])?;
+        self.filter(&[how, "OUTPUT", "-s", &address, "-o", "ms+", "-j", "DROP"])
+    }
+
+    /// Has the way to an address of the far side forget the connections that there are, as a firewall or a balancer that was
+    /// started anew: what belongs to one of them is dropped from now on, without a word to anybody. New ones are let through.
+    /// Once for each address, and while it is silent, so that nothing is learnt between two rules.
+    ///
+    /// # Errors
+    ///
+    /// If the kernel refuses.
+    pub fn forget(&self, address: IpAddr) -> Result<()> {
+        let address = address.to_string();
+        let unknown = ["-p", "tcp", "!", "--syn", "-m", "conntrack", "--ctstate", "NEW", "-j", "DROP"];
+        self.filter(&[&["-A", "INPUT", "-d", &address][..], &unknown].concat())?;
+        self.filter(&[&["-A", "OUTPUT", "-s", &address][..], &unknown].concat())
+    }
+
+    fn filter(&self, arguments: &[&str]) -> Result<()> {
+        let program = program(FILTER).context("iptables is not installed")?;
+        output(self.command(&program).arg("-w").args(arguments)).map(drop)
+    }
+
+    /// Does something in the far side's network, on a thread of its own. Sockets that it opens stay there, and so do threads that
+    /// it starts.
+    ///
+    /// # Errors
+    ///
+    /// If the network cannot be entered, or `work` fails.
+    pub fn within<T: Send + 'static>(&self, work: impl FnOnce() -> Result<T> + Send + 'static) -> Result<T> {
+        let netns = File::open(Path::new("/run/netns").join(&self.netns)).context("opening the far network")?;
+        let inside = std::thread::spawn(move || {
+            move_into_link_name_space(std::os::fd::AsFd::as_fd(&netns), Some(LinkNameSpaceType::Network))
+                .context("entering the far network")?;
+            work()
+        });
+        inside.join().map_err(|_| anyhow!("a thread in the far network panicked"))?
     }
 
     /// Cuts the line, as a broken cable would; `true` joins it again.

@@ -111,6 +111,11 @@ pub fn containerd_dir(release: &str) -> PathBuf {
     tools().join(format!("containerd-{release}/bin"))
 }
 
+/// A program that `tests/tools/install.sh bench` makes of `tests/bench/peers`.
+pub fn bench_tool(name: &str) -> Option<PathBuf> {
+    Some(tools().join("bench").join(name)).filter(|file| file.is_file())
+}
+
 /// The program that `tests/tools/install.sh` makes of `tests/conformance`.
 pub fn conformance_suite() -> PathBuf {
     tools().join("conformance.test")

@@ -217,3 +217,16 @@ pub fn peak_memory(process: u32) -> Result<u64> {
     let kibibytes: u64 = line.trim().trim_end_matches(" kB").parse()?;
     Ok(kibibytes * 1024)
 }
+
+/// The memory of its own, in bytes, that a process has now: without mapped files.
+///
+/// # Errors
+///
+/// If it has ended.
+pub fn anonymous_memory(process: u32) -> Result<u64> {
+    let status =
+        std::fs::read_to_string(format!("/proc/{process}/status")).context("reading the state of a process")?;
+    let line = status.lines().find_map(|line| line.strip_prefix("RssAnon:")).context("the process has no memory")?;
+    let kibibytes: u64 = line.trim().trim_end_matches(" kB").parse()?;
+    Ok(kibibytes * 1024)
+}

@@ -1,6 +1,7 @@
 //! Debian's `docker-registry` on an address of ours, with or without TLS and a login.
 
 use std::fmt::Write as _;
+use std::io::{Read as _, Write as _};
 use std::net::{SocketAddr, TcpStream};
 use std::path::{Path, PathBuf};
 use std::process::Command;
@@ -11,6 +12,7 @@ use rcgen::{BasicConstraints, CertificateParams, IsCa, Issuer, KeyPair};
 use serde_json::Value;
 
 use crate::daemons::listens;
+use crate::image::manifest_of;
 use crate::link::Link;
 use crate::need::program;
 use crate::process::{Process, output};
@@ -101,8 +103,8 @@ pub fn free_address() -> Result<SocketAddr> {
 #[derive(Debug)]
 pub struct Registry {
     options: RegistryOptions,
-    /// Where its configuration and its storage are.
-    dir: PathBuf,
+    /// Where its content is.
+    storage: PathBuf,
     /// What clients call, where it is not the address itself (a proxy in between).
     public: SocketAddr,
     process: Process,
@@ -116,7 +118,17 @@ impl Registry {
     /// If it does not start.
     pub fn start(work: &Workdir, options: RegistryOptions) -> Result<Self> {
         let public = options.address;
-        Self::launch(work, options, public, None)
+        Self::launch(work, options, public, None, None)
+    }
+
+    /// The same with its storage elsewhere, where it outlives the workdir.
+    ///
+    /// # Errors
+    ///
+    /// If it does not start.
+    pub fn start_stored(work: &Workdir, options: RegistryOptions, storage: &Path) -> Result<Self> {
+        let public = options.address;
+        Self::launch(work, options, public, None, Some(storage))
     }
 
     /// Starts it on the far side of a link; clients reach it at `public`, through the link's delay proxy.
@@ -125,14 +137,36 @@ impl Registry {
     ///
     /// If it does not start.
     pub fn start_behind(work: &Workdir, options: RegistryOptions, public: SocketAddr, link: &Link) -> Result<Self> {
-        Self::launch(work, options, public, Some(link))
+        Self::launch(work, options, public, Some(link), None)
     }
 
-    fn launch(work: &Workdir, options: RegistryOptions, public: SocketAddr, link: Option<&Link>) -> Result<Self> {
+    /// The same with its storage elsewhere.
+    ///
+    /// # Errors
+    ///
+    /// If it does not start.
+    pub fn start_stored_behind(
+        work: &Workdir,
+        options: RegistryOptions,
+        public: SocketAddr,
+        link: &Link,
+        storage: &Path,
+    ) -> Result<Self> {
+        Self::launch(work, options, public, Some(link), Some(storage))
+    }
+
+    fn launch(
+        work: &Workdir,
+        options: RegistryOptions,
+        public: SocketAddr,
+        link: Option<&Link>,
+        storage: Option<&Path>,
+    ) -> Result<Self> {
         let name = format!("registry-{}", options.address.port());
         let dir = work.dir(&name)?;
+        let storage = storage.map_or_else(|| dir.join("data"), Path::to_owned);
         let config = dir.join("config.yml");
-        std::fs::write(&config, config_text(&dir, &options)?)?;
+        std::fs::write(&config, config_text(&dir, &storage, &options)?)?;
         let program = program("docker-registry").context("docker-registry is not installed")?;
         let mut command = link.map_or_else(|| Command::new(&program), |link| link.command(&program));
         command.arg("serve").arg(&config);
@@ -144,7 +178,7 @@ impl Registry {
         } else {
             process.wait_ready(READY, || TcpStream::connect(options.address).is_ok())?;
         }
-        Ok(Self { options, dir, public, process })
+        Ok(Self { options, storage, public, process })
     }
 
     /// `host:port`, the first part of the references of its images.
@@ -186,6 +220,34 @@ impl Registry {
         output(&mut command).map(drop)
     }
 
+    /// Puts the one image index of an OCI layout, and all that it names, into the storage as `repository:tag`. No program is asked:
+    /// skopeo takes an index of what it does not know for another kind.
+    ///
+    /// # Errors
+    ///
+    /// If a file cannot be read or written.
+    pub fn place_index(&self, layout: &Path, name_and_tag: &str) -> Result<()> {
+        let (name, tag) = name_and_tag.rsplit_once(':').context("a name without a tag")?;
+        let index = manifest_of(layout, "")?;
+        let file = layout.join("blobs/sha256").join(index.trim_start_matches("sha256:"));
+        let content: Value = serde_json::from_slice(&std::fs::read(&file)?)?;
+        let named = content["manifests"].as_array().into_iter().flatten().filter_map(|one| one["digest"].as_str());
+        let manifests: Vec<&str> = named.chain([index.as_str()]).collect();
+        self.place(layout, name, &manifests)?;
+        let repository = self.storage.join("docker/registry/v2/repositories").join(name);
+        let tagged = repository.join("_manifests/tags").join(tag).join("current");
+        std::fs::create_dir_all(&tagged)?;
+        Ok(std::fs::write(tagged.join("link"), &index)?)
+    }
+
+    /// Whether this name has this manifest.
+    pub fn has(&self, name_and_tag: &str, manifest: &str) -> bool {
+        let Some((name, tag)) = name_and_tag.rsplit_once(':') else { return false };
+        let repositories = self.storage.join("docker/registry/v2/repositories");
+        let link = repositories.join(name).join("_manifests/tags").join(tag).join("current/link");
+        std::fs::read_to_string(link).is_ok_and(|digest| digest.trim() == manifest)
+    }
+
     /// Puts all blobs of an OCI layout into a repository, and the manifests among them by their digests. It writes into the
     /// registry's storage: of many images a push costs seconds.
     ///
@@ -193,7 +255,7 @@ impl Registry {
     ///
     /// If a file cannot be written.
     pub fn place(&self, layout: &Path, repository: &str, manifests: &[&str]) -> Result<()> {
-        let storage = self.dir.join("data/docker/registry/v2");
+        let storage = self.storage.join("docker/registry/v2");
         let repository = storage.join("repositories").join(repository);
         let link = |at: PathBuf, hex: &str| -> Result<()> {
             std::fs::create_dir_all(&at)?;
@@ -213,6 +275,22 @@ impl Registry {
         for hex in manifests.iter().filter_map(|digest| digest.strip_prefix("sha256:")) {
             link(repository.join("_manifests/revisions/sha256").join(hex), hex)?;
         }
+        Ok(())
+    }
+
+    /// Deletes a manifest or a blob of a repository, as its owner may at any time.
+    ///
+    /// # Errors
+    ///
+    /// If the registry refuses.
+    pub fn delete(&self, repository: &str, kind: &str, digest: &str) -> Result<()> {
+        let mut stream = TcpStream::connect(self.public)?;
+        stream.set_read_timeout(Some(READY))?;
+        let path = format!("/v2/{repository}/{kind}/{digest}");
+        write!(stream, "DELETE {path} HTTP/1.1\r\nHost: {}\r\nConnection: close\r\n\r\n", self.public)?;
+        let mut answer = String::new();
+        stream.read_to_string(&mut answer)?;
+        ensure!(answer.starts_with("HTTP/1.1 202"), "deleting {path}: {answer}");
         Ok(())
     }
 
@@ -308,10 +386,10 @@ fn parse_request(line: &str) -> Option<Request> {
     Some(Request { method: words.next()?.to_owned(), path: words.next()?.to_owned(), status, bytes })
 }
 
-fn config_text(dir: &Path, options: &RegistryOptions) -> Result<String> {
+fn config_text(dir: &Path, storage: &Path, options: &RegistryOptions) -> Result<String> {
     let mut text = format!(
         "version: 0.1\nlog:\n  level: info\nstorage:\n  filesystem:\n    rootdirectory: {}\n  delete:\n    enabled: true\nhttp:\n  addr: {}\n",
-        dir.join("data").display(),
+        storage.display(),
         options.address
     );
     if let Some(tls) = &options.tls {

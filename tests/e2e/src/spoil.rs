@@ -71,6 +71,8 @@ struct State {
     only: String,
     /// How many of them; none: all.
     first: Option<u32>,
+    /// Not only those for blobs, but those for manifests as well.
+    manifests: bool,
     /// Requests that were to be spoiled since the spoiling was set.
     spoiled: u32,
     guard: Option<Guard>,
@@ -185,6 +187,11 @@ impl Spoiler {
         agent.clone_into(&mut state.only);
     }
 
+    /// Whether answers about manifests are spoiled as those about blobs are.
+    pub fn spoil_manifests(&self, too: bool) {
+        self.shared.state().manifests = too;
+    }
+
     /// Requests that were to be spoiled since the last [`Spoiler::set`].
     pub fn spoiled(&self) -> u32 {
         self.shared.state().spoiled
@@ -233,9 +240,18 @@ impl BlackHole {
     ///
     /// If the kernel refuses.
     pub fn open() -> Result<Self> {
+        Self::at((Ipv4Addr::LOCALHOST, 0).into())
+    }
+
+    /// The same at a certain address.
+    ///
+    /// # Errors
+    ///
+    /// If it is taken.
+    pub fn at(address: SocketAddr) -> Result<Self> {
         const FULL: Duration = Duration::from_millis(200);
         let listener = net::socket(AddressFamily::INET, SocketType::STREAM, None)?;
-        net::bind(&listener, &SocketAddr::from((Ipv4Addr::LOCALHOST, 0)))?;
+        net::bind(&listener, &address)?;
         net::listen(&listener, 0)?;
         let address: SocketAddr = net::getsockname(&listener)?.try_into().context("address of a socket")?;
         let mut waiting = Vec::new();

@@ -21,7 +21,18 @@ const END_DEADLINE: Duration = Duration::from_secs(10);
 /// Unmounting one layer of a stack may reveal another.
 const UNMOUNT_PASSES: usize = 8;
 /// Programs that may carry a run's path in their arguments and are then taken for the run's own.
-const PROGRAMS: &[&str] = &["containerd", "containerd-shim-runc-v2", "ctr", "runc", "docker-registry", "skopeo", "ip"];
+const PROGRAMS: &[&str] = &[
+    "containerd",
+    "containerd-shim-runc-v2",
+    "containerd-stargz-grpc",
+    "ctr",
+    "runc",
+    "docker-registry",
+    "skopeo",
+    "soci",
+    "soci-snapshotter-grpc",
+    "ip",
+];
 /// Ours, by the beginning of the name.
 const OURS: &str = "millstream";
 

@@ -13,7 +13,7 @@ use millstream_e2e::cri::{ContainerSpec, Cri};
 use millstream_e2e::daemons::{Node, NodeOptions, metrics_page, sample};
 use millstream_e2e::image::{Image, shell};
 use millstream_e2e::layer::{Entry, Packing, noise};
-use millstream_e2e::liar::{Liar, Lie};
+use millstream_e2e::liar::{Liar, Lie, Window};
 use millstream_e2e::need::product;
 use millstream_e2e::process::{eventually, output};
 use millstream_e2e::registry::free_address;
@@ -30,6 +30,8 @@ const BOUND: Duration = Duration::from_secs(2 * 3 + 4);
 const RECOVERY: Duration = Duration::from_secs(20);
 /// Bytes of one file: less than a span, so that a row needs one request.
 const SIZE: usize = 200 << 10;
+/// Bytes of a layer before what needs a window.
+const BEFORE: usize = 1536 << 10;
 
 /// What a reader gets.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
@@ -68,6 +70,11 @@ fn alone(name: &'static str, registry: Spoiling, first: Option<u32>, promise: Pr
 /// The registry refuses so many requests, and the server lies.
 fn lied(name: &'static str, server: Lie, first: Option<u32>, promise: Promise, code: &'static str) -> Row {
     Row { name, registry: Spoiling::Status(500), first, server, promise, code }
+}
+
+/// The server gives wrong windows, and right content.
+fn window(name: &'static str, how: Window, code: &'static str) -> Row {
+    Row { name, registry: Spoiling::None, first: None, server: Lie::Window(how), promise: Bytes, code }
 }
 
 fn busy(status: u16, date: bool) -> Spoiling {
@@ -138,6 +145,14 @@ fn rows(registry: SocketAddr, storage: SocketAddr, hole: SocketAddr) -> Vec<Row>
         lied("server: cut", Lie::Cut, Some(1), Bytes, "source.unavailable"),
         lied("server: lies, nobody else", Lie::WrongBit, None, Error, "source.digest-mismatch"),
         lied("server: unavailable, nobody else", Lie::Refuse(Code::Unavailable), None, Error, "source.unavailable"),
+        window("windows: wrong bit", Window::WrongBit, "source.digest-mismatch"),
+        window("windows: other layer", Window::OtherLayer, "source.digest-mismatch"),
+        window("windows: short", Window::Short, "source.digest-mismatch"),
+        window("windows: long", Window::Long, "source.malformed"),
+        window("windows: garbage", Window::Garbage, "source.malformed"),
+        window("windows: one too few", Window::Missing, "source.malformed"),
+        window("windows: empty", Window::Empty, "source.digest-mismatch"),
+        window("windows: none", Window::Hang, "source.timed-out"),
     ]
 }
 
@@ -145,12 +160,14 @@ fn content(row: usize, file: u32) -> Vec<u8> {
     noise(u32::try_from(row).unwrap() * 2 + file + 1, SIZE)
 }
 
-/// A layer for each row, so that no row profits from what another one has fetched.
-fn image(rows: usize) -> Image {
-    let layers = (0..rows).map(|row| {
+/// A layer for each row, so that no row profits from what another one has fetched; with more than a span before its files where
+/// the row is about windows.
+fn image(windows: &[bool]) -> Image {
+    let layers = windows.iter().enumerate().map(|(row, windows)| {
         let files =
             ["a", "b"].iter().zip(0..).map(|(name, file)| Entry::file(format!("r{row}/{name}"), content(row, file)));
-        std::iter::once(Entry::directory(format!("r{row}"))).chain(files).collect()
+        let before = windows.then(|| Entry::file(format!("r{row}/0"), noise(u32::try_from(row).unwrap(), BEFORE)));
+        std::iter::once(Entry::directory(format!("r{row}"))).chain(before).chain(files).collect()
     });
     layers.fold(Image::new().layer(shell().unwrap(), Packing::Gzip), |image, layer| image.layer(layer, Packing::Gzip))
 }
@@ -169,7 +186,8 @@ struct Scene {
 }
 
 impl Scene {
-    fn set(rows: usize) -> Self {
+    /// With a layer for each row; `true` where it is about windows.
+    fn set(rows: &[bool]) -> Self {
         let mut stage = Stage::with_spoiled_nodes().unwrap();
         let pushed = stage.push_many("net", &[image(rows)]).unwrap().remove(0);
         stage.import(&pushed).unwrap();
@@ -249,16 +267,17 @@ impl Scene {
             let line = log.lines().find(|line| line.contains("a read failed with EIO")).unwrap_or_default();
             check(line.contains(&format!("r{at}/a")) && line.contains("source."), "no line about the read")?;
         }
-        if row.server == Lie::None && !row.code.is_empty() {
+        let about_windows = matches!(row.server, Lie::Window(_));
+        if (row.server == Lie::None || about_windows) && !row.code.is_empty() {
             let content = self.sample("millstream_source_requests_total{source=\"content\",code=\"\"}");
             check(content > content_before, "the next source was not asked")?;
         }
         if !matches!(row.server, Lie::None) {
             // Where the registry's own fault happens not to meet what is read, nobody else is asked.
-            check(self.liar.lied() > 0 || right, "nobody lied")?;
+            check(self.liar.lied() > 0 || (right && !about_windows), "nobody lied")?;
         }
         self.status()?;
-        self.recover(at)?;
+        self.recover(at, about_windows)?;
         check(self.node.workers() == worker, "another worker")?;
         Ok(took)
     }
@@ -270,10 +289,11 @@ impl Scene {
         output(&mut command).map(drop).map_err(|error| format!("status: {error:#}"))
     }
 
-    /// Takes the fault away: the same file, and another one that only the registry gives, are right.
-    fn recover(&self, at: usize) -> Result<(), String> {
+    /// Takes the fault away: the same file, and another one that only the registry gives, or it with the server's windows, are
+    /// right.
+    fn recover(&self, at: usize, about_windows: bool) -> Result<(), String> {
         self.stage.spoiler().unwrap().set(Spoiling::None);
-        self.liar.set(Lie::Refuse(Code::NotFound));
+        self.liar.set(if about_windows { Lie::None } else { Lie::Refuse(Code::NotFound) });
         for (name, file) in [("a", 0), ("b", 1)] {
             let path = self.root.join(format!("r{at}/{name}"));
             let found = eventually("a read after the fault", RECOVERY, || std::fs::read(&path).ok());
@@ -297,7 +317,9 @@ fn readers_get_right_bytes_or_an_error_in_time_whatever_the_network_does() {
         return;
     }
     let hole = BlackHole::open().unwrap();
-    let scene = Scene::set(rows(hole.address, hole.address, hole.address).len());
+    let windows = |row: &Row| matches!(row.server, Lie::Window(_));
+    let layers: Vec<bool> = rows(hole.address, hole.address, hole.address).iter().map(windows).collect();
+    let scene = Scene::set(&layers);
     let rows = rows(scene.stage.spoiler().unwrap().address(), scene.storage.address(), hole.address);
     let mut wrong = Vec::new();
     for (at, row) in rows.iter().enumerate() {
@@ -306,7 +328,7 @@ fn readers_get_right_bytes_or_an_error_in_time_whatever_the_network_does() {
             Err(error) => {
                 println!("{:<34} {error}", row.name);
                 wrong.push(format!("{}: {error}", row.name));
-                scene.recover(at).ok();
+                scene.recover(at, layers[at]).ok();
             }
         }
     }
@@ -319,7 +341,7 @@ fn a_server_that_is_killed_and_started_again_costs_time_and_no_byte() {
     if !can_be_set(&[]) {
         return;
     }
-    let mut scene = Scene::set(2);
+    let mut scene = Scene::set(&[false; 2]);
     scene.stage.spoiler().unwrap().set_for(OURS, Spoiling::Status(500));
     let worker = scene.node.workers();
     for at in 0..2 {

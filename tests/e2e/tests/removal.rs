@@ -8,10 +8,11 @@ use std::time::{Duration, Instant};
 
 use millstream_e2e::containerd::Version;
 use millstream_e2e::cri::ContainerSpec;
-use millstream_e2e::daemons::Node;
+use millstream_e2e::daemons::{Node, NodeOptions, metrics_page, sample};
 use millstream_e2e::image::{Image, shell};
 use millstream_e2e::layer::{Entry, Packing, noise};
 use millstream_e2e::process::eventually;
+use millstream_e2e::registry::free_address;
 use millstream_e2e::spoil::Spoiling;
 use millstream_e2e::stage::{Stage, await_verified, can_be_set, layers_of};
 use millstream_wire::millstream::v1::layer_status::State;
@@ -158,4 +159,65 @@ fn a_lying_registry_is_neither_read_nor_believed_and_is_forgiven() {
     std::fs::write(containerd.rootfs("k8s.io", &container.id).join("tmp/stop"), "").unwrap();
     let ended = cri.wait(&container, DEADLINE).unwrap();
     assert!(ended.output.lines().all(|line| line == right || line == "failed"), "{}", ended.output);
+}
+
+#[test]
+fn what_is_deleted_at_the_registry_is_served_where_it_is_and_the_rest_says_why() {
+    if !can_be_set(&[]) {
+        return;
+    }
+    const SMALL: usize = 200 << 10;
+    // More than may lie between two places to enter at: the server keeps it.
+    const LARGE: usize = 18 << 20;
+    let stage = Stage::set().unwrap();
+    let file = |name: &str, seed, bytes| vec![Entry::file(name, noise(seed, bytes))];
+    let content = Image::new()
+        .layer(shell().unwrap(), Packing::Gzip)
+        .layer(file("local", 1, SMALL), Packing::Gzip)
+        .layer(file("gone", 2, SMALL), Packing::Gzip)
+        .layer(file("kept", 3, LARGE), Packing::Zstd);
+    let image = stage.publish("app", &content).unwrap();
+    let metrics = free_address().unwrap();
+    let (read_deadline, metrics) = (Duration::from_secs(3), Some(metrics));
+    let options = NodeOptions { hydration: false, read_deadline, metrics, ..stage.node_options() };
+    let node = Node::start(&stage.work, &options).unwrap();
+    let containerd = stage.containerd(Version::V1, &node, false).unwrap();
+    let mut cri = stage.cri(&containerd).unwrap();
+    cri.pull(&image.reference, None).unwrap();
+    let pod = cri.run_pod("pod").unwrap();
+    let spec =
+        ContainerSpec { image: &image.reference, command: &["/bin/sleep", "100000"], ..ContainerSpec::default() };
+    let container = cri.create(&pod, "reader", &spec).unwrap();
+    cri.start(&container).unwrap();
+    let root = containerd.rootfs("k8s.io", &container.id);
+    let read = |name: &str| std::fs::read(root.join(name));
+    let sample = |name: &str| sample(&metrics_page(metrics.unwrap()).unwrap(), name);
+    assert!(read("local").unwrap() == noise(1, SMALL));
+
+    let registry = stage.registry().unwrap();
+    registry.delete("app", "manifests", &image.info.manifest).unwrap();
+    for layer in image.layers() {
+        registry.delete("app", "blobs", &layer).unwrap();
+    }
+    // What the node has and what the server keeps.
+    assert!(read("local").unwrap() == noise(1, SMALL));
+    assert!(read("kept").unwrap() == noise(3, LARGE));
+    let (counted, failed) =
+        ("millstream_fetch_failures_total{code=\"source.not-found\"}", "millstream_reads_total{result=\"failed\"}");
+    let before = (sample(counted), sample(failed));
+    let begun = Instant::now();
+    let error = read("gone").unwrap_err();
+    assert_eq!(error.raw_os_error(), Some(rustix::io::Errno::IO.raw_os_error()));
+    // Nobody waits for what is not there.
+    assert!(begun.elapsed() < read_deadline, "{:?}", begun.elapsed());
+    assert!(sample(counted) > before.0 && sample(failed) > before.1);
+    let log = String::from_utf8_lossy(&std::fs::read(node.log()).unwrap()).into_owned();
+    let line = log.lines().find(|line| line.contains("a read failed with EIO")).unwrap();
+    for part in ["source.not-found", "gone", "answered 404", &image.layers()[2]] {
+        assert!(line.contains(part), "{line}");
+    }
+
+    // The way out: whoever has the image pushes it again.
+    stage.push("app", &content).unwrap();
+    assert!(eventually("the file", DEADLINE, || read("gone").ok()).unwrap() == noise(2, SMALL));
 }

@@ -31,6 +31,9 @@ impl LazyImages for SharedImages {
 
     async fn view(&self, run: &[Digest], below: &[PathBuf]) -> Result<PathBuf, ViewFailure> {
         self.0.note_use(run);
+        if below.is_empty() {
+            self.0.record_start(run);
+        }
         self.0.views.path(run, below).await.map_err(|error| {
             let message = format!("{error:#}");
             error!({ names::CODE } = "view.failed", error = message, "layers cannot be shown");

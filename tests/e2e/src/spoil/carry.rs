@@ -86,7 +86,8 @@ fn note(shared: &Shared, method: &str, path: &str, request: &[String]) -> (Spoil
     let headers = request.get(1..).unwrap_or_default().to_vec();
     state.seen.push_back(Seen { method: method.to_owned(), path: path.to_owned(), headers });
     let agent = http::header(request, "user-agent").unwrap_or_default();
-    if !path.contains("/blobs/sha256:") || !agent.starts_with(&state.only) || state.spoiling == Spoiling::None {
+    let concerned = path.contains("/blobs/sha256:") || (state.manifests && path.contains("/manifests/"));
+    if !concerned || !agent.starts_with(&state.only) || state.spoiling == Spoiling::None {
         return (Spoiling::None, 0, 0);
     }
     state.spoiled += 1;

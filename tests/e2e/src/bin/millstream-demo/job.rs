@@ -1,24 +1,25 @@
 //! One job: pull the image, run it in a pod, wait for the application's first real answer.
 
-use std::io::{Read as _, Write as _};
-use std::net::{SocketAddr, TcpStream};
 use std::time::{Duration, Instant};
 
 use anyhow::{Context as _, Result, ensure};
 use millstream_e2e::containerd::{Containerd, ContainerdOptions, Snapshotter, Version};
-use millstream_e2e::cri::{ContainerSpec, Cri};
+use millstream_e2e::cri::{ContainerSpec, Cri, Pod};
 use millstream_e2e::daemons::Node;
 use millstream_e2e::process::eventually;
 use millstream_e2e::registry::free_address;
-use millstream_wire::millstream::v1::layer_status::State;
+use millstream_e2e::rig::{Rig, drop_caches};
+use millstream_e2e::web;
 
 use crate::say;
-use crate::stage::Stage;
+
+/// What the registry calls the image.
+pub(crate) const IMAGE: &str = "demo/web:1";
+/// And that of the pod's own container.
+pub(crate) const PAUSE: &str = "demo/pause:1";
 
 const READY: Duration = Duration::from_secs(180);
 const HYDRATED: Duration = Duration::from_secs(300);
-const PAGE: &str = "/dokuwiki/doku.php";
-const ON_THE_PAGE: &str = "It works";
 
 /// On what the job is done.
 #[derive(Debug, Clone, Copy, PartialEq, Eq, PartialOrd, Ord)]
@@ -82,35 +83,30 @@ pub(crate) struct Measured {
 }
 
 /// Does the job from nothing: daemons with empty state, cold caches.
-pub(crate) fn run(stage: &mut Stage, kind: Kind) -> Result<Measured> {
+pub(crate) fn run(rig: &Rig, kind: Kind) -> Result<Measured> {
     say(format_args!("{}: pull, run, wait for the first answer", kind.name()));
-    for dir in ["containerd1", "containerd2", "node", "pods"] {
-        match std::fs::remove_dir_all(stage.work.path().join(dir)) {
-            Err(error) if error.kind() != std::io::ErrorKind::NotFound => return Err(error.into()),
-            _ => {}
-        }
-    }
-    let mut node = kind.hydration().map(|hydration| Node::start(&stage.work, &stage.node(hydration))).transpose()?;
+    rig.wipe(&["containerd1", "containerd2", "node", "pods"])?;
+    let mut node = kind.hydration().map(|hydration| Node::start(&rig.work, &rig.node(hydration))).transpose()?;
     let options = ContainerdOptions {
         version: kind.version(),
         snapshotter: node.as_ref().map_or(Snapshotter::Overlayfs, Node::snapshotter),
-        pause_image: stage.registry.reference("demo/pause:1"),
-        certs_d: stage.certs_d.clone(),
+        pause_image: rig.registry.reference(PAUSE),
+        certs_d: rig.certs_d.clone(),
         // As containerd 2.x does it by itself.
         transfer: true,
         labels: true,
     };
-    let containerd = Containerd::start(&stage.work, options)?;
-    let mut cri = Cri::connect(&stage.work, &containerd.socket())?;
+    let containerd = Containerd::start(&rig.work, options)?;
+    let mut cri = Cri::connect(&rig.work, &containerd.socket())?;
     // The pod's own container is the same for all and not part of the job.
     let pod = cri.run_pod("web")?;
-    std::fs::write("/proc/sys/vm/drop_caches", "3").context("dropping caches")?;
+    drop_caches()?;
 
-    let measured = measure(stage, &cri, &pod, node.as_ref())?;
+    let measured = measure(rig, &cri, &pod, node.as_ref())?;
     say(format_args!("  pulled after {:.2?}, ready after {:.2?}", measured.pull, measured.ready));
 
     cri.remove_pods()?;
-    cri.remove_image(&stage.image)?;
+    cri.remove_image(&rig.registry.reference(IMAGE))?;
     drop(cri);
     drop(containerd);
     if let Some(node) = &mut node {
@@ -119,25 +115,25 @@ pub(crate) fn run(stage: &mut Stage, kind: Kind) -> Result<Measured> {
     Ok(measured)
 }
 
-fn measure(stage: &Stage, cri: &Cri, pod: &millstream_e2e::cri::Pod, node: Option<&Node>) -> Result<Measured> {
+fn measure(rig: &Rig, cri: &Cri, pod: &Pod, node: Option<&Node>) -> Result<Measured> {
     let port = free_address()?.port();
-    let before = stage.link.traffic()?;
-    let requests_before = stage.registry.requests()?.len();
+    let image = rig.registry.reference(IMAGE);
+    let before = rig.link.traffic()?;
+    let requests_before = rig.registry.requests()?.len();
     let transferred_before = transferred(node)?;
     let started = Instant::now();
-    let pull = cri.pull(&stage.image, None)?;
-    let requests = stage.registry.requests()?;
+    let pull = cri.pull(&image, None)?;
+    let requests = rig.registry.requests()?;
     let of_pull = requests.get(requests_before..).unwrap_or_default();
     // Only Millstream asks for parts of blobs.
     let ours = of_pull.iter().filter(|request| request.status == 206).count() as u64;
     let port_text = port.to_string();
-    let spec = ContainerSpec { image: &stage.image, env: &[("PORT", &port_text)], ..ContainerSpec::default() };
+    let spec = ContainerSpec { image: &image, env: &[("PORT", &port_text)], ..ContainerSpec::default() };
     let container = cri.create(pod, "web", &spec)?;
     cri.start(&container)?;
-    wait_for_answer(SocketAddr::from(([127, 0, 0, 1], port)), started + READY)
-        .with_context(|| cri.output(&container).unwrap_or_default())?;
+    web::question().await_answer(port, started + READY).with_context(|| cri.output(&container).unwrap_or_default())?;
     let ready = started.elapsed();
-    let after = stage.link.traffic()?;
+    let after = rig.link.traffic()?;
     let demanded = transferred(node)? - transferred_before;
     let link_bytes = after.received_bytes - before.received_bytes;
     // What Millstream counts is what crossed the link, but for headers, manifests and the application's own.
@@ -155,7 +151,7 @@ fn measure(stage: &Stage, cri: &Cri, pod: &millstream_e2e::cri::Pod, node: Optio
         && node.status()?.hydration_enabled
     {
         say(format_args!("  ready after {ready:.2?}; waiting until every layer is local and verified"));
-        eventually("every layer to be verified", HYDRATED, || is_verified(node).then_some(()))?;
+        eventually("every layer to be verified", HYDRATED, || node.is_all_local().then_some(()))?;
         measured.hydrated = Some(started.elapsed());
         measured.verified = true;
     }
@@ -166,29 +162,4 @@ fn transferred(node: Option<&Node>) -> Result<u64> {
     let Some(node) = node else { return Ok(0) };
     let transfer = node.status()?.transfer.unwrap_or_default();
     Ok(transfer.demand_bytes + transfer.metadata_bytes)
-}
-
-fn is_verified(node: &Node) -> bool {
-    node.status().is_ok_and(|status| {
-        !status.layers.is_empty() && status.layers.iter().all(|layer| layer.state() == State::Verified)
-    })
-}
-
-fn wait_for_answer(address: SocketAddr, deadline: Instant) -> Result<()> {
-    loop {
-        if ask(address).is_ok_and(|answer| answer.starts_with("HTTP/1.1 200") && answer.contains(ON_THE_PAGE)) {
-            return Ok(());
-        }
-        ensure!(Instant::now() < deadline, "the application did not answer in time");
-        millstream_e2e::process::pause();
-    }
-}
-
-fn ask(address: SocketAddr) -> Result<String> {
-    let mut stream = TcpStream::connect(address)?;
-    stream.set_read_timeout(Some(READY))?;
-    write!(stream, "GET {PAGE} HTTP/1.1\r\nHost: localhost\r\nConnection: close\r\n\r\n")?;
-    let mut answer = Vec::new();
-    stream.read_to_end(&mut answer)?;
-    Ok(String::from_utf8_lossy(&answer).into_owned())
 }

@@ -2,15 +2,16 @@
 
 mod job;
 mod report;
-mod stage;
 
 use std::path::PathBuf;
 use std::process::ExitCode;
 
 use anyhow::{Context as _, Result, ensure};
 use clap::Parser;
+use millstream_e2e::link::LinkOptions;
 use millstream_e2e::need::{CONTAINERS, Need};
-use millstream_e2e::web;
+use millstream_e2e::rig::{Offered, Rig};
+use millstream_e2e::{recipe, web};
 
 /// Pulls and runs an image of some hundred megabytes over a slow link: on overlayfs, on Millstream, and on Millstream with
 /// background downloads held back. Needs root.
@@ -51,14 +52,17 @@ fn run(arguments: &Arguments) -> Result<()> {
     // Mount options and commands elsewhere need whole paths.
     let dir = arguments.dir.canonicalize().with_context(|| format!("finding {}", arguments.dir.display()))?;
     let layout = web::layout(&dir)?;
-    let mut stage = stage::Stage::set(&layout)?;
-    let import = stage.import()?;
+    say("putting the image behind a link of 200 Mbit/s with a round trip of 20 ms");
+    let offered = [Offered::new(&layout, web::TAG, job::IMAGE), Offered::new(&layout, recipe::PAUSE, job::PAUSE)];
+    let rig = Rig::set(LinkOptions::default(), &offered, None)?;
+    say("importing the image on the server (makes the tables of contents, once for all nodes)");
+    let import = rig.import(&rig.registry.reference(job::IMAGE))?;
     let mut results = report::Results::new(web::info(&layout)?.layers.iter().map(|layer| layer.size).sum(), import);
     for round in 0..arguments.rounds {
         // Interleaved, and the first one of a round changes: a busy machine must not favour one of them.
         let first = round as usize % kinds.len();
         for &kind in kinds.iter().cycle().skip(first).take(kinds.len()) {
-            results.add(kind, job::run(&mut stage, kind)?);
+            results.add(kind, job::run(&rig, kind)?);
         }
     }
     println!("\n{}", results.table());

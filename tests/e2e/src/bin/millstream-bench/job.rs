@@ -1,0 +1,175 @@
+//! One run: from nothing to the first answer, and beyond where that is asked.
+
+use std::collections::BTreeMap;
+use std::net::SocketAddr;
+use std::time::{Duration, Instant};
+
+use anyhow::{Context as _, Result};
+use millstream_e2e::containerd::Containerd;
+use millstream_e2e::cri::{Container, ContainerSpec, Cri};
+use millstream_e2e::daemons::{metrics_page, sample};
+use millstream_e2e::process::eventually;
+use millstream_e2e::registry::free_address;
+use millstream_e2e::rig::{REGISTRY_PORT, Rig, drop_caches};
+use millstream_e2e::watch::Requests;
+
+use crate::images::{Ready, question};
+use crate::matrix::{Job, Link};
+use crate::memory::Sampler;
+use crate::peers::{DIRECTORY, Daemon, Subject};
+use crate::rows::Values;
+use crate::{files, memory, processor};
+
+const READY: Duration = Duration::from_secs(300);
+const LOCAL: Duration = Duration::from_secs(900);
+/// Directories of all state of everybody who is measured.
+const STATE: [&str; 5] = ["containerd1", "containerd2", "node", DIRECTORY, "pods"];
+
+/// Does a run from nothing: daemons with empty state, cold caches, nobody else running.
+pub(crate) fn run(rig: &mut Rig, image: &Ready, link: Link, subject: Subject, job: Job) -> Result<Values> {
+    rig.wipe(&STATE)?;
+    if subject.needs_server() {
+        rig.start_server()?
+    } else {
+        rig.stop_server()?
+    }
+    let daemon = subject.daemon(rig)?;
+    let containerd = subject.containerd(rig, &daemon)?;
+    let mut cri = Cri::connect(&rig.work, &containerd.socket())?;
+    // The pod's own container is the same for all and not part of the job.
+    let pod = cri.run_pod("bench")?;
+    let at = At { rig, image, link, subject, daemon: &daemon, containerd: &containerd, cri: &cri };
+    drop_caches()?;
+    let values = at.measure(&pod, job)?;
+    cri.remove_pods()?;
+    drop(cri);
+    drop(containerd);
+    daemon.stop()?;
+    rig.wipe(&STATE)?;
+    Ok(values)
+}
+
+/// Who and what is measured.
+struct At<'r> {
+    rig: &'r Rig,
+    image: &'r Ready,
+    link: Link,
+    subject: Subject,
+    daemon: &'r Daemon,
+    containerd: &'r Containerd,
+    cri: &'r Cri,
+}
+
+/// The counters at a moment.
+struct Counters {
+    received: u64,
+    turns: u64,
+    registry: Requests,
+    cpu: f64,
+    own_cpu: f64,
+}
+
+impl At<'_> {
+    fn measure(&self, pod: &millstream_e2e::cri::Pod, job: Job) -> Result<Values> {
+        let reference = self.rig.registry.reference(&self.image.registry_name(self.subject.form()));
+        let port = free_address()?.port();
+        let mut values = Values {
+            image_bytes: self.image.size(),
+            decompressor: self.subject.decompressor(),
+            floor_s: self.image.working_set.as_ref().map(|set| set.floor(self.link)),
+            ..Values::default()
+        };
+        let idle = memory::of(&self.daemon.processes());
+        let sampler = Sampler::start(self.daemon.processes());
+        let before = self.counters()?;
+        let started = Instant::now();
+        values.pull_s = self.cri.pull(&reference, None)?.as_secs_f64();
+        if job == Job::Pull {
+            let seen = self.counters()?;
+            values.requests = Some(seen.turns - before.turns);
+            values.containerd_requests = Some(of_containerd(&seen.registry) - of_containerd(&before.registry));
+            return Ok(values);
+        }
+        let text = port.to_string();
+        let spec = ContainerSpec { image: &reference, env: &[("PORT", &text)], ..ContainerSpec::default() };
+        let container = self.cri.create(pod, "app", &spec)?;
+        self.cri.start(&container)?;
+        question(&self.image.name)
+            .await_answer(port, started + READY)
+            .with_context(|| self.cri.output(&container).unwrap_or_default())?;
+        values.ready_s = Some(started.elapsed().as_secs_f64());
+        self.note_ready(&mut values, &before)?;
+        if matches!(job, Job::Local | Job::Files) {
+            self.await_local(&mut values, started, &before)?;
+        }
+        if self.subject.is_ours() {
+            let more = &mut values.more;
+            more.insert("memory_idle".to_owned(), idle as f64);
+            more.insert("memory_after".to_owned(), memory::of(&self.daemon.processes()) as f64);
+            more.insert("memory_peak".to_owned(), sampler.most() as f64);
+        }
+        drop(sampler);
+        if job == Job::Files {
+            values.more.extend(self.read_everything(&container)?);
+        }
+        Ok(values)
+    }
+
+    fn counters(&self) -> Result<Counters> {
+        let own = self.daemon.processes();
+        let all: Vec<u32> = self.containerd.id().into_iter().chain(own.iter().copied()).collect();
+        // First: whoever asks the proxy next begins a new count of what is under way at once.
+        let registry = self.rig.link.requests(REGISTRY_PORT)?;
+        Ok(Counters {
+            received: self.rig.link.traffic()?.received_bytes,
+            turns: self.rig.link.counts()?.turns,
+            registry,
+            cpu: processor::used(&all),
+            own_cpu: processor::used(&own),
+        })
+    }
+
+    fn note_ready(&self, values: &mut Values, before: &Counters) -> Result<()> {
+        let now = self.counters()?;
+        values.bytes_until_ready = Some(now.received - before.received);
+        values.requests = Some(now.turns - before.turns);
+        values.daemon_cpu_s = Some(now.cpu - before.cpu);
+        values.bytes_demanded = self.daemon.node().and_then(|node| node.metrics()).and_then(demanded);
+        values.containerd_requests = Some(of_containerd(&now.registry) - of_containerd(&before.registry));
+        values.blob_peak = now.registry.blobs.values().map(|blob| blob.peak).max();
+        Ok(())
+    }
+
+    fn await_local(&self, values: &mut Values, started: Instant, before: &Counters) -> Result<()> {
+        // Others are local once they are pulled, or never tell.
+        let Some(node) = self.daemon.node() else { return Ok(()) };
+        eventually("every layer to be verified", LOCAL, || node.is_all_local().then_some(()))?;
+        values.local_s = Some(started.elapsed().as_secs_f64());
+        let used = processor::used(&self.daemon.processes()) - before.own_cpu;
+        values.more.insert("cpu_local_s".to_owned(), used);
+        if let Some(set) = &self.image.working_set {
+            values.more.insert("cpu_floor_s".to_owned(), set.cpu_s);
+        }
+        Ok(())
+    }
+
+    fn read_everything(&self, container: &Container) -> Result<BTreeMap<String, f64>> {
+        files::figures(&self.containerd.rootfs("k8s.io", &container.id))
+    }
+}
+
+fn of_containerd(seen: &Requests) -> u64 {
+    seen.agents.get("containerd").copied().unwrap_or_default()
+}
+
+/// What millstreamd says that its readers needed, in bytes as they come over the wire.
+fn demanded(address: SocketAddr) -> Option<u64> {
+    let page = metrics_page(address).ok()?;
+    let needed = "millstream_needed_bytes_total";
+    if page.lines().any(|line| line.starts_with(needed)) {
+        return Some(sample(&page, needed));
+    }
+    // What readers waited for: less than they needed where something was fetched ahead of them.
+    let of = |purpose: &str| sample(&page, &format!("millstream_fetched_bytes_total{{purpose=\"{purpose}\"}}"));
+    Some(of("demand") + of("content"))
+}
