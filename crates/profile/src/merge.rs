@@ -17,10 +17,10 @@ pub struct Recording {
 /// What was found of one page.
 #[derive(Debug, Default)]
 struct Seen {
-    /// Recordings that have it.
-    votes: usize,
-    /// Its place in each of them, counted in pages.
+    /// Its place in each recording that has it, counted in pages: each is a vote.
     places: Vec<u32>,
+    /// The last of these recordings, counted from 1: a page that one of them names twice counts once, where it came first.
+    last: usize,
 }
 
 /// The pages of `layers` that at least half of those starts read that would show it, in the order of their median places,
@@ -35,7 +35,7 @@ pub fn merge(layers: &[ProfileLayer], recordings: &[Recording], most: u64) -> Pr
     }
     let mut voters = vec![0_usize; layers.len()];
     let mut seen: HashMap<(u32, u32), Seen> = HashMap::new();
-    for recording in recordings {
+    for (number, recording) in (1..).zip(recordings) {
         let map: Vec<Option<u32>> = recording.read.layers.iter().map(|layer| places.get(layer).copied()).collect();
         for (layer, fresh) in map.iter().zip(&recording.fresh) {
             if let (Some(layer), true) = (layer, fresh) {
@@ -49,15 +49,17 @@ pub fn merge(layers: &[ProfileLayer], recordings: &[Recording], most: u64) -> Pr
                 place = place.saturating_add(1);
                 if let Some(layer) = layer {
                     let seen = seen.entry((layer, run.first.saturating_add(page))).or_default();
-                    seen.votes += 1;
-                    seen.places.push(place);
+                    if seen.last != number {
+                        seen.last = number;
+                        seen.places.push(place);
+                    }
                 }
             }
         }
     }
     let mut pages: Vec<(u32, (u32, u32))> = Vec::new();
     for (page, mut seen) in seen {
-        if seen.votes * 2 >= voters[page.0 as usize] {
+        if seen.places.len() * 2 >= voters[page.0 as usize] {
             seen.places.sort_unstable();
             pages.push((seen.places[(seen.places.len() - 1) / 2], page));
         }
@@ -68,7 +70,7 @@ pub fn merge(layers: &[ProfileLayer], recordings: &[Recording], most: u64) -> Pr
 }
 
 /// Joins neighbours that follow each other.
-fn runs(pages: impl Iterator<Item = (u32, u32)>) -> Vec<PageRun> {
+pub(crate) fn runs(pages: impl Iterator<Item = (u32, u32)>) -> Vec<PageRun> {
     let mut runs: Vec<PageRun> = Vec::new();
     for (layer, page) in pages {
         if let Some(run) = runs.last_mut()
@@ -117,6 +119,14 @@ mod tests {
         let nothing = recording(&layers, &[true], &[0, 50, 1]);
         assert_eq!(merged(&layers, &[usual.clone(), all, usual.clone()]), [0, 50, 4, 0, 10, 4]);
         assert_eq!(merged(&layers, &[usual.clone(), nothing, usual]), [0, 50, 4, 0, 10, 4]);
+    }
+
+    #[test]
+    fn a_recording_has_one_vote_however_often_it_names_a_page() {
+        let layers = [layer("a")];
+        let usual = recording(&layers, &[true], &[0, 5, 1]);
+        let loud = recording(&layers, &[true], &[0, 9, 1, 0, 9, 1, 0, 8, 2]);
+        assert_eq!(merged(&layers, &[usual.clone(), loud, usual]), [0, 5, 1]);
     }
 
     #[test]

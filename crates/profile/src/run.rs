@@ -122,6 +122,18 @@ impl Profile {
         self.runs.iter().map(|run| u64::from(run.pages)).sum()
     }
 
+    /// The same as far as its first `most` pages.
+    #[must_use]
+    pub fn cut(mut self, most: u64) -> Self {
+        let mut left = most;
+        self.runs.retain_mut(|run| {
+            run.pages = run.pages.min(u32::try_from(left).unwrap_or(u32::MAX));
+            left -= u64::from(run.pages);
+            run.pages > 0
+        });
+        self
+    }
+
     /// Whether every run lies within its layer's data; `tocs` are those of [`Profile::layers`], in order. A layer without
     /// a table is not looked at.
     #[must_use]
@@ -149,6 +161,10 @@ mod tests {
         assert_eq!(profile.runs[0].data(), DataRange::new(5 * 4096, 7 * 4096));
         assert_eq!(profile.numbers(), numbers);
         assert_eq!(profile.pages(), 3);
+        assert_eq!(profile.clone().cut(1).numbers(), [0, 5, 1]);
+        assert_eq!(profile.clone().cut(2).numbers(), [0, 5, 2]);
+        assert_eq!(profile.clone().cut(3), profile);
+        assert!(profile.cut(0).runs.is_empty());
     }
 
     #[test]

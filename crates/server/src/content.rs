@@ -66,7 +66,7 @@ pub(crate) struct Content {
     loads: Semaphore,
     /// KiB of memory for TOCs: each holds its own for as long as anybody uses it.
     memory: Arc<Semaphore>,
-    chunks: Arc<ChunkCache>,
+    chunk_cache: Arc<ChunkCache>,
 }
 
 /// A TOC with its share of the memory.
@@ -91,11 +91,11 @@ type ChunkCache = Mutex<Bounded<(Digest, ChunkIx), Bytes>>;
 impl Content {
     pub(crate) fn new(store: Store, options: ContentOptions, metrics: ServerMetrics) -> Self {
         let tocs = Mutex::new(Bounded::new(options.toc_cache));
-        let chunks = Arc::new(Mutex::new(Bounded::new(options.chunk_cache)));
+        let chunk_cache = Arc::new(Mutex::new(Bounded::new(options.chunk_cache)));
         let memory = kib(options.toc_cache.saturating_add(options.max_toc));
         let memory = Arc::new(Semaphore::new(usize::try_from(memory).unwrap_or(usize::MAX)));
         let loads = Semaphore::new(LOADS_AT_ONCE);
-        Self { store, options, metrics, tocs, in_use: Mutex::default(), loads, memory, chunks }
+        Self { store, options, metrics, tocs, in_use: Mutex::default(), loads, memory, chunk_cache }
     }
 
     /// The TOC of `blob`.
@@ -155,7 +155,7 @@ impl Content {
     }
 
     /// The bytes of `range` of the data address space, which must lie within it. Gaps and holes read as zeros. The answer is
-    /// held in memory as a whole.
+    /// held in memory as a whole, and so are the chunks that it touches.
     pub(crate) async fn read(
         &self,
         toc: &Arc<Toc>,
@@ -164,25 +164,7 @@ impl Content {
     ) -> Result<Bytes, ServeError> {
         let blob = toc.blob_digest();
         let chunks = toc.chunks_in(range).map_err(toc_error(&blob))?;
-        let mut found: BTreeMap<ChunkIx, Bytes> = BTreeMap::new();
-        let mut needed: BTreeSet<SpanIx> = BTreeSet::new();
-        let mut closed: Vec<Chunk> = Vec::new();
-        for chunk in &chunks {
-            // Bound to a name: the lock must not be held over the arms.
-            let cached = lock(&self.chunks).get(&(blob, chunk.ix));
-            match cached {
-                Some(bytes) => drop(found.insert(chunk.ix, bytes)),
-                None if toc.is_closed(chunk.data).map_err(toc_error(&blob))? => closed.push(*chunk),
-                None => needed.extend(toc.spans_for(chunk.data).map_err(toc_error(&blob))?),
-            }
-        }
-        let hits = found.len() as u64;
-        self.metrics.looked_up(Cache::Chunks, hits, (chunks.len() as u64).saturating_sub(hits));
-        for run in runs(&needed) {
-            let wanted = chunks.iter().map(|chunk| chunk.ix).collect();
-            found.extend(self.extract(toc, source, run, wanted).await?);
-        }
-        found.extend(self.unpacked(toc, closed).await?);
+        let found = self.chunks(toc, source, &chunks).await?;
         let mut out = vec![0; usize::try_from(range.len()).map_err(|_| too_long())?];
         for chunk in &chunks {
             match found.get(&chunk.ix) {
@@ -197,6 +179,37 @@ impl Content {
         Ok(out.into())
     }
 
+    /// The ascending `chunks`, verified, but for holes; all in memory. Of closed spans, what is stored between the first and the
+    /// last of them goes through memory, too.
+    pub(crate) async fn chunks(
+        &self,
+        toc: &Arc<Toc>,
+        source: &dyn BlobSource,
+        chunks: &[Chunk],
+    ) -> Result<BTreeMap<ChunkIx, Bytes>, ServeError> {
+        let blob = toc.blob_digest();
+        let mut found: BTreeMap<ChunkIx, Bytes> = BTreeMap::new();
+        let mut needed: BTreeSet<SpanIx> = BTreeSet::new();
+        let mut closed: Vec<Chunk> = Vec::new();
+        for chunk in chunks {
+            // Bound to a name: the lock must not be held over the arms.
+            let cached = lock(&self.chunk_cache).get(&(blob, chunk.ix));
+            match cached {
+                Some(bytes) => drop(found.insert(chunk.ix, bytes)),
+                None if toc.is_closed(chunk.data).map_err(toc_error(&blob))? => closed.push(*chunk),
+                None => needed.extend(toc.spans_for(chunk.data).map_err(toc_error(&blob))?),
+            }
+        }
+        let hits = found.len() as u64;
+        self.metrics.looked_up(Cache::Chunks, hits, (chunks.len() as u64).saturating_sub(hits));
+        for run in runs(&needed) {
+            let wanted = chunks.iter().map(|chunk| chunk.ix).collect();
+            found.extend(self.extract(toc, source, run, wanted).await?);
+        }
+        found.extend(self.unpacked(toc, closed).await?);
+        Ok(found)
+    }
+
     /// The ascending chunks `wanted`, which must be stored in closed spans, out of packed content. They are verified and go
     /// to the cache.
     async fn unpacked(&self, toc: &Arc<Toc>, wanted: Vec<Chunk>) -> Result<Vec<(ChunkIx, Bytes)>, ServeError> {
@@ -204,7 +217,7 @@ impl Content {
         let blob = toc.blob_digest();
         let units = packed::units_of(DataRange::new(first.data.start, last.data.end));
         let items = self.store.packed(&blob, packed::units(toc.data_size()), units.start, units.end).await?;
-        let (for_thread, cache) = (Arc::clone(toc), Arc::clone(&self.chunks));
+        let (for_thread, cache) = (Arc::clone(toc), Arc::clone(&self.chunk_cache));
         let unpacked = blocking(move || {
             let bytes: Option<Vec<Vec<u8>>> = items.iter().map(|item| packed::unpack(item).ok()).collect();
             let bytes = bytes?;
@@ -290,7 +303,7 @@ impl Content {
         let last = toc.span(spans.end.saturating_sub(1)).map_err(toc_error(&blob))?;
         let window = self.window(toc, spans.start).await?;
         let (sender, mut reader) = channel();
-        let cache = Arc::clone(&self.chunks);
+        let cache = Arc::clone(&self.chunk_cache);
         let for_thread = Arc::clone(toc);
         let extracted = blocking(move || {
             let keep = |chunk: Chunk, bytes: &Bytes| {

@@ -4,6 +4,7 @@
 use std::collections::HashMap;
 use std::net::IpAddr;
 use std::sync::{Arc, Mutex, PoisonError};
+use std::time::Duration;
 
 use tokio::sync::{OwnedSemaphorePermit, Semaphore};
 
@@ -27,7 +28,8 @@ impl Default for LimitOptions {
 /// Requests under way, by peer.
 type Peers = Arc<Mutex<HashMap<IpAddr, usize>>>;
 
-/// Counts requests under way.
+/// Counts requests under way. Clones count together.
+#[derive(Clone)]
 pub(crate) struct Limits {
     options: LimitOptions,
     all: Arc<Semaphore>,
@@ -64,6 +66,13 @@ impl Limits {
         *count += 1;
         drop(peers);
         Ok(Permit { _one: one, peer: Some((peer, Arc::clone(&self.peers))) })
+    }
+
+    /// Waits for the place of a request, for work that nobody waits for.
+    pub(crate) async fn admit_work(&self, patience: Duration) -> Result<Permit, ServeError> {
+        let exhausted = || ServeError::Exhausted { what: "requests", limit: self.options.requests };
+        let one = tokio::time::timeout(patience, Arc::clone(&self.all).acquire_owned()).await;
+        Ok(Permit { _one: one.map_err(|_| exhausted())?.map_err(|_| exhausted())?, peer: None })
     }
 }
 

@@ -26,11 +26,21 @@ pub(crate) enum Method {
     GetSkeleton,
     ReadFile,
     ReadData,
+    GetProfile,
+    PutRecording,
 }
 
 impl Method {
-    pub(crate) const ALL: [Self; 6] =
-        [Self::Import, Self::GetImage, Self::GetWindows, Self::GetSkeleton, Self::ReadFile, Self::ReadData];
+    pub(crate) const ALL: [Self; 8] = [
+        Self::Import,
+        Self::GetImage,
+        Self::GetWindows,
+        Self::GetSkeleton,
+        Self::ReadFile,
+        Self::ReadData,
+        Self::GetProfile,
+        Self::PutRecording,
+    ];
 
     const fn as_str(self) -> &'static str {
         match self {
@@ -40,6 +50,8 @@ impl Method {
             Self::GetSkeleton => "GetSkeleton",
             Self::ReadFile => "ReadFile",
             Self::ReadData => "ReadData",
+            Self::GetProfile => "GetProfile",
+            Self::PutRecording => "PutRecording",
         }
     }
 }
@@ -62,6 +74,51 @@ impl Cache {
     }
 }
 
+/// What became of a recording.
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+pub(crate) enum RecordingResult {
+    Taken,
+    /// There are too many, or there are to be none.
+    TurnedAway,
+    /// It is no recording of the image.
+    Refused,
+}
+
+impl RecordingResult {
+    const ALL: [Self; 3] = [Self::Taken, Self::TurnedAway, Self::Refused];
+
+    const fn as_str(self) -> &'static str {
+        match self {
+            Self::Taken => "taken",
+            Self::TurnedAway => "turned_away",
+            Self::Refused => "refused",
+        }
+    }
+}
+
+/// How a question for a startup profile was answered.
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+pub(crate) enum ProfileAnswer {
+    /// With the pages.
+    Pages,
+    /// Without them.
+    Plan,
+    /// Nothing is known.
+    None,
+}
+
+impl ProfileAnswer {
+    const ALL: [Self; 3] = [Self::Pages, Self::Plan, Self::None];
+
+    const fn as_str(self) -> &'static str {
+        match self {
+            Self::Pages => "pages",
+            Self::Plan => "plan",
+            Self::None => "none",
+        }
+    }
+}
+
 type OneLabel = [(&'static str, &'static str); 1];
 type TwoLabels = [(&'static str, &'static str); 2];
 
@@ -75,6 +132,12 @@ pub struct ServerMetrics {
     import_seconds: Histogram,
     layers: Family<OneLabel, Counter>,
     lookups: Family<TwoLabels, Counter>,
+    recordings: Family<OneLabel, Counter>,
+    profiles: Family<OneLabel, Counter>,
+    profile_sent: Counter,
+    packs: Family<OneLabel, Counter>,
+    packs_active: Gauge,
+    pack_bytes: Counter,
 }
 
 fn request_histogram() -> Histogram {
@@ -91,6 +154,12 @@ impl Default for ServerMetrics {
             import_seconds: Histogram::new(IMPORT_BUCKETS),
             layers: Family::default(),
             lookups: Family::default(),
+            recordings: Family::default(),
+            profiles: Family::default(),
+            profile_sent: Counter::default(),
+            packs: Family::default(),
+            packs_active: Gauge::default(),
+            pack_bytes: Counter::default(),
         };
         // A series that begins at zero shows its first event.
         for method in Method::ALL {
@@ -102,6 +171,15 @@ impl Default for ServerMetrics {
         }
         for result in ["read", "known", "ineligible"] {
             drop(metrics.layers.get_or_create(&[("result", result)]));
+        }
+        for outcome in ["done", "failed"] {
+            drop(metrics.packs.get_or_create(&[("outcome", outcome)]));
+        }
+        for result in RecordingResult::ALL {
+            drop(metrics.recordings.get_or_create(&[("result", result.as_str())]));
+        }
+        for answer in ProfileAnswer::ALL {
+            drop(metrics.profiles.get_or_create(&[("answer", answer.as_str())]));
         }
         for cache in [Cache::Tocs, Cache::Chunks] {
             for result in ["hit", "miss"] {
@@ -146,6 +224,27 @@ impl ServerMetrics {
         count("miss", misses);
     }
 
+    /// A recording came.
+    pub(crate) fn recording(&self, result: RecordingResult) {
+        self.recordings.get_or_create(&[("result", result.as_str())]).inc();
+    }
+
+    /// Somebody asked for a startup profile.
+    pub(crate) fn profile(&self, answer: ProfileAnswer) {
+        self.profiles.get_or_create(&[("answer", answer.as_str())]).inc();
+    }
+
+    /// Bytes of a pack are sent.
+    pub(crate) fn profile_sent(&self, bytes: u64) {
+        self.profile_sent.inc_by(bytes);
+    }
+
+    /// A pack is being made; say to the result how large it became.
+    pub(crate) fn making_pack(&self) -> PackWatch {
+        self.packs_active.inc();
+        PackWatch { metrics: self.clone(), made: None }
+    }
+
     /// Everything that is exported.
     #[must_use]
     pub fn registry(&self) -> Registry {
@@ -172,7 +271,30 @@ impl ServerMetrics {
             "Tables (tocs) and pieces of files (chunks) looked for in memory",
             self.lookups.clone(),
         );
+        self.register_profiles(&mut registry);
         registry
+    }
+
+    fn register_profiles(&self, registry: &mut Registry) {
+        registry.register(
+            "recordings",
+            "Recordings of what a start read: taken, turned away (too many at a time, or switched off), or refused (none of this image)",
+            self.recordings.clone(),
+        );
+        registry.register(
+            "profiles",
+            "Questions for a startup profile: answered with its pages, with the plan only, or not at all",
+            self.profiles.clone(),
+        );
+        registry.register_with_unit(
+            "profile_sent",
+            "Pages of startup profiles that were sent, as compressed",
+            Unit::Bytes,
+            self.profile_sent.clone(),
+        );
+        registry.register("packs", "Packs of pages that were made, or could not be", self.packs.clone());
+        registry.register("packs_active", "Packs of pages that are being made", self.packs_active.clone());
+        registry.register_with_unit("pack", "Bytes of the packs that were made", Unit::Bytes, self.pack_bytes.clone());
     }
 }
 
@@ -182,6 +304,29 @@ pub(crate) enum LayerResult {
     Read,
     Known,
     Ineligible,
+}
+
+/// A pack that is being made. Dropped without [`PackWatch::end`], it counts as failed.
+#[derive(Debug)]
+pub(crate) struct PackWatch {
+    metrics: ServerMetrics,
+    made: Option<u64>,
+}
+
+impl PackWatch {
+    /// It has so many bytes.
+    pub(crate) fn end(mut self, bytes: u64) {
+        self.made = Some(bytes);
+    }
+}
+
+impl Drop for PackWatch {
+    fn drop(&mut self) {
+        self.metrics.packs_active.dec();
+        let outcome = if self.made.is_some() { "done" } else { "failed" };
+        self.metrics.packs.get_or_create(&[("outcome", outcome)]).inc();
+        self.metrics.pack_bytes.inc_by(self.made.unwrap_or(0));
+    }
 }
 
 /// A request under way. Dropped without [`RequestWatch::end`], it counts as cancelled: the caller went away.

@@ -2,7 +2,7 @@
 
 use millstream_registry::{Egress, RegistryOptions};
 use millstream_server::{
-    AccessOptions, ContentOptions, ImportOptions, LimitOptions, ListenOptions, ServiceOptions, TlsFiles,
+    AccessOptions, ContentOptions, ImportOptions, LimitOptions, ListenOptions, ProfileOptions, ServiceOptions, TlsFiles,
 };
 use millstream_settings::server::{
     AccessSettings, BudgetSettings, LimitSettings, RegistrySettings, Settings, TlsSettings,
@@ -61,6 +61,7 @@ pub(crate) fn service(settings: &Settings) -> ServiceOptions {
             chunk_cache: settings.cache.chunks,
             ..ContentOptions::default()
         },
+        profile: ProfileOptions { max: settings.profile.max },
         import_on_demand: settings.import.on_demand,
         embedded: false,
         allowed_registries: settings.registry.allowed.clone(),

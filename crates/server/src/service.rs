@@ -25,7 +25,10 @@ use crate::import::{ImportOptions, Importer, Progress};
 use crate::limits::{LimitOptions, Limits, Permit};
 use crate::metrics::{Method, ServerMetrics};
 use crate::outline::Outline;
+use crate::profiles::{ProfileOptions, Profiles};
 use crate::store::{ImageLayer, ImageRecord, LayerRecord, Store, StoreError};
+
+mod startup;
 
 /// Bytes of a packed TOC in one message; gRPC clients take 4 MiB by default.
 const TOC_PIECE: usize = 1 << 20;
@@ -55,13 +58,15 @@ pub struct ServiceOptions {
     pub import: ImportOptions,
     /// Memory for what was read lately.
     pub content: ContentOptions,
+    /// What startup profiles may cost.
+    pub profile: ProfileOptions,
     /// Whether `GetImage` of an image that is not imported starts its import.
     pub import_on_demand: bool,
     /// Registries that callers may name; empty: any.
     pub allowed_registries: Vec<String>,
     /// Whether every caller is this process itself, and uses no answer about an image before it has proven at the registry that
     /// it may read it: then the service does not ask the registry once more. It also notes when layers are used, for
-    /// [`Store::shrink`].
+    /// [`Store::shrink`], and puts no pages of startup profiles together: there is no wire to spare.
     pub embedded: bool,
 }
 
@@ -82,6 +87,7 @@ struct Inner {
     limits: Limits,
     content: Arc<Content>,
     importer: Arc<Importer>,
+    profiles: Arc<Profiles>,
     import_on_demand: bool,
     allowed_registries: Vec<String>,
     embedded: bool,
@@ -110,15 +116,26 @@ impl ImagesService {
     pub fn new(store: Store, registry: Registry, options: ServiceOptions) -> Self {
         let metrics = ServerMetrics::default();
         let content = Arc::new(Content::new(store.clone(), options.content, metrics.clone()));
+        let limits = Limits::new(options.limits);
+        let profiles = Arc::new(Profiles::new(
+            store.clone(),
+            Arc::clone(&content),
+            metrics.clone(),
+            limits.clone(),
+            options.import.scratch.clone(),
+            &options.profile,
+            !options.embedded,
+        ));
         let importer = Arc::new(Importer::new(store.clone(), Arc::clone(&content), options.import, metrics.clone()));
         let inner = Inner {
             metrics,
             store,
             registry,
             access: Access::new(options.access),
-            limits: Limits::new(options.limits),
+            limits,
             content,
             importer,
+            profiles,
             import_on_demand: options.import_on_demand,
             allowed_registries: options.allowed_registries,
             embedded: options.embedded,
@@ -240,17 +257,6 @@ impl Images for ImagesService {
         self.answer(Method::GetSkeleton, span, Inner::get_skeleton(Arc::clone(&self.inner), peer, request)).await
     }
 
-    async fn get_profile(&self, _: Request<v1::GetProfileRequest>) -> Result<Response<Self::GetProfileStream>, Status> {
-        Err(Status::unimplemented("this server keeps no profiles"))
-    }
-
-    async fn put_recording(
-        &self,
-        _: Request<v1::PutRecordingRequest>,
-    ) -> Result<Response<v1::PutRecordingResponse>, Status> {
-        Err(Status::unimplemented("this server keeps no profiles"))
-    }
-
     async fn read_file(&self, request: Request<v1::ReadFileRequest>) -> Result<Response<Self::ReadFileStream>, Status> {
         let peer = peer(&request);
         let request = request.into_inner();
@@ -276,6 +282,26 @@ impl Images for ImagesService {
             { names::SIZE } = request.size,
         );
         self.answer(Method::ReadData, span, Inner::read_data(Arc::clone(&self.inner), peer, request)).await
+    }
+
+    async fn get_profile(
+        &self,
+        request: Request<v1::GetProfileRequest>,
+    ) -> Result<Response<Self::GetProfileStream>, Status> {
+        let peer = peer(&request);
+        let request = request.into_inner();
+        let span = info_span!("get_profile", { names::IMAGE } = image_field(request.scope.as_ref()));
+        self.answer(Method::GetProfile, span, Inner::get_profile(Arc::clone(&self.inner), peer, request)).await
+    }
+
+    async fn put_recording(
+        &self,
+        request: Request<v1::PutRecordingRequest>,
+    ) -> Result<Response<v1::PutRecordingResponse>, Status> {
+        let peer = peer(&request);
+        let request = request.into_inner();
+        let span = info_span!("put_recording", { names::IMAGE } = image_field(request.scope.as_ref()));
+        self.answer(Method::PutRecording, span, Inner::put_recording(Arc::clone(&self.inner), peer, request)).await
     }
 }
 

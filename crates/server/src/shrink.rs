@@ -88,24 +88,25 @@ impl Store {
         Ok(result)
     }
 
-    /// Everything there is, by what goes together. The record of a layer says when the layer was used last.
+    /// Everything there is, by what goes together: a layer with what was made of it, an image with its startup profile. The record
+    /// of a layer or an image says when it was used last.
     async fn groups(&self) -> Result<Vec<Group>, StoreError> {
         let mut objects = self.objects.list(None);
         let mut groups: HashMap<String, Group> = HashMap::new();
         let all = Path::default();
         while let Some(meta) = objects.try_next().await.map_err(failed(&all))? {
             let layer = blob_of(&meta.location);
-            let key = layer.map_or_else(|| meta.location.to_string(), |layer| layer.hex());
+            let key = layer.map_or_else(|| image_of(&meta.location), |layer| layer.hex());
             let group = groups.entry(key).or_default();
             group.bytes += meta.size;
             group.layer = layer;
             let written = Some(SystemTime::from(meta.last_modified));
-            if meta.location.as_ref().starts_with("layers/") {
+            if is_record(&meta.location) {
                 group.used = written;
                 group.paths.insert(0, meta.location);
             } else {
                 // Without a record it is an import that is under way or was broken off: its age counts.
-                let has_record = group.paths.first().is_some_and(|first| first.as_ref().starts_with("layers/"));
+                let has_record = group.paths.first().is_some_and(is_record);
                 group.used = if has_record { group.used } else { group.used.max(written) };
                 group.paths.push(meta.location);
             }
@@ -140,6 +141,19 @@ impl Store {
 
 fn age(meta: &ObjectMeta, now: SystemTime) -> Duration {
     now.duration_since(meta.last_modified.into()).unwrap_or_default()
+}
+
+/// Whether an object is what the rest of its group goes with.
+fn is_record(path: &Path) -> bool {
+    path.as_ref().starts_with("layers/") || path.as_ref().starts_with("images/")
+}
+
+/// The image that an object is of; where it is of none, the object itself.
+fn image_of(path: &Path) -> String {
+    match path.as_ref().split_once('/') {
+        Some(("recordings" | "profiles" | "packs", image)) => format!("images/{image}"),
+        _ => path.to_string(),
+    }
 }
 
 /// The layer that an object is of.
@@ -181,8 +195,26 @@ mod tests {
             };
             store.put_layer(&blob, &record).await.unwrap();
             store.put_image(&image(name)).await.unwrap();
+            put_profile(&store, name).await;
         }
         store
+    }
+
+    const OF_A_PROFILE: [&str; 3] = ["recordings", "profiles", "packs"];
+
+    async fn put_profile(store: &Store, name: &str) {
+        let image = image_path(ManifestDigest(Digest::of(name.as_bytes())), &format!("r.example/{name}")).to_string();
+        for kind in OF_A_PROFILE {
+            store.put(&Path::from(image.replacen("images", kind, 1)), vec![0; 500].into()).await.unwrap();
+        }
+    }
+
+    fn has_profile(directory: &std::path::Path, name: &str) -> bool {
+        let image = Digest::of(name.as_bytes()).hex();
+        let has = |kind: &&str| std::fs::read_dir(directory.join(kind).join(&image)).is_ok_and(|dir| dir.count() > 0);
+        let count = OF_A_PROFILE.iter().filter(|kind| has(kind)).count();
+        assert!(count == 0 || count == OF_A_PROFILE.len(), "{name}: all or nothing");
+        count > 0
     }
 
     fn image(name: &str) -> ImageRecord {
@@ -230,8 +262,14 @@ mod tests {
         assert_eq!(all.layers, 0);
         let shrunk = store.shrink(all.bytes - 1, now, &|layer| *layer == shown).await.unwrap();
         assert!(shrunk.bytes < all.bytes && shrunk.layers == 1, "{shrunk:?}");
+        // Its startup profile goes when it goes, however new that is.
+        assert!(["used", "new", "shown"].iter().all(|name| has_profile(directory.path(), name)));
         assert!(!has(&store, "old").await && has(&store, "used").await && has(&store, "new").await);
         store.shrink(0, now, &|layer| *layer == shown).await.unwrap();
+        assert_eq!(
+            ["old", "used", "new", "shown"].map(|name| has_profile(directory.path(), name)),
+            [false, true, false, true]
+        );
         assert!(has(&store, "used").await, "used just now");
         assert!(has(&store, "shown").await, "wanted by its owner");
         assert!(store.image(ManifestDigest(shown), "r.example/shown").await.unwrap().is_some());
@@ -245,6 +283,7 @@ mod tests {
         let store = store(directory.path(), &[]).await;
         let blob = Digest::of(b"half");
         store.put_toc(&blob, vec![0; 1000]).await.unwrap();
+        put_profile(&store, "of no image").await;
         let now = SystemTime::now();
         store.shrink(0, now, &|_| false).await.unwrap();
         assert!(store.toc(&blob).await.unwrap().is_some());

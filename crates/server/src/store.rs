@@ -9,11 +9,17 @@
 //! | `skeletons/<blob>` | the skeleton, see [`crate::skeleton`]; absent where it is large or was not made yet |
 //! | `layers/<blob>` | JSON [`LayerRecord`]; written after those above, so that its presence vouches for theirs |
 //! | `indexes/<index>` | an image index as the registry gave it |
-//! | `images/<manifest>/<SHA-256 of the repository's name>` | JSON [`ImageRecord`]; written last |
+//! | `images/<manifest>/<repository>` | JSON [`ImageRecord`]; written last |
+//! | `recordings/<manifest>/<repository>` | JSON: the newest recordings of what starts of the image read |
+//! | `profiles/<manifest>/<repository>` | JSON: the plan that follows from them, or was carried over |
+//! | `packs/<manifest>/<repository>` | a plan and its pages, see `profiles/kept.rs`; may be of the plan before |
+//! | `profiled/<repository and platform>` | JSON: which manifest was recorded last |
 //!
-//! `<blob>`, `<index>`, `<manifest>` are digests in hex. No object is ever changed to other content, only written again (and
-//! the record of an image that was known in part, by its import), so that any number of servers can share one store without
-//! locks. [`Store::shrink`] removes what was not used for long; only a server that has a store for itself calls it.
+//! `<blob>`, `<index>`, `<manifest>` are digests in hex, `<repository>` is the SHA-256 of its name. But for startup profiles, no
+//! object is ever changed to other content, only written again (and the record of an image that was known in part, by its
+//! import), so that any number of servers can share one store without locks. Of a startup profile the last writer wins; each of
+//! its objects is whole for itself, and none vouches for another. [`Store::shrink`] removes what was not used for long; only a
+//! server that has a store for itself calls it. Beside it, only a pack that was found damaged is ever removed.
 
 use std::fs::File;
 use std::path::Path as FsPath;
@@ -282,7 +288,7 @@ impl Store {
     }
 
     /// Writes an object of `head` and what is left of `file`.
-    async fn upload(&self, path: &Path, head: Vec<u8>, file: File) -> Result<(), StoreError> {
+    pub(crate) async fn upload(&self, path: &Path, head: Vec<u8>, file: File) -> Result<(), StoreError> {
         let mut file = tokio::fs::File::from_std(file);
         let upload = self.objects.put_multipart(path).await.map_err(failed(path))?;
         let mut upload = WriteMultipart::new(upload);

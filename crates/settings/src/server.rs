@@ -26,6 +26,8 @@ pub struct Settings {
     pub limits: LimitSettings,
     /// Imports.
     pub import: ImportSettings,
+    /// Startup profiles.
+    pub profile: ProfileSettings,
     /// Memory for what was read lately.
     pub cache: CacheSettings,
     /// What is logged.
@@ -126,6 +128,15 @@ pub struct BudgetSettings {
     pub toc_size: u64,
 }
 
+/// `[profile]`: what starts of an image read, as nodes tell.
+#[derive(Debug, Clone, PartialEq, Eq, Deserialize, Serialize)]
+#[serde(default, deny_unknown_fields)]
+pub struct ProfileSettings {
+    /// Bytes of pages of one image's profile, at most 1 GiB; `"0B"`: there are no profiles.
+    #[serde(with = "amount::size")]
+    pub max: u64,
+}
+
 /// `[cache]`.
 #[derive(Debug, Clone, PartialEq, Eq, Deserialize, Serialize)]
 #[serde(default, deny_unknown_fields)]
@@ -148,6 +159,7 @@ impl Default for Settings {
             access: AccessSettings::default(),
             limits: LimitSettings::default(),
             import: ImportSettings::default(),
+            profile: ProfileSettings::default(),
             cache: CacheSettings::default(),
             log: LogSettings::default(),
             metrics: MetricsSettings::default(),
@@ -191,6 +203,12 @@ impl Default for BudgetSettings {
     }
 }
 
+impl Default for ProfileSettings {
+    fn default() -> Self {
+        Self { max: 256 << 20 }
+    }
+}
+
 impl Default for CacheSettings {
     fn default() -> Self {
         Self { tocs: 128 << 20, chunks: 128 << 20 }
@@ -205,6 +223,8 @@ const MAX_IMPORTS: usize = 16;
 const MAX_ENTRIES: u64 = 2_000_000;
 /// The same, bytes of a table of contents.
 const MAX_TOC: u64 = 256 << 20;
+/// What nodes take in at most as one profile.
+const MAX_PROFILE: u64 = 1 << 30;
 /// What a person revokes must stop working soon.
 const MAX_REMEMBER: Duration = Duration::from_secs(600);
 
@@ -241,6 +261,9 @@ impl Schema for Settings {
             return Err(SettingsError::value("import.deadline", "is zero: no import could finish"));
         }
         self.import.budget.check()?;
+        if self.profile.max > MAX_PROFILE {
+            return Err(SettingsError::value("profile.max", "nodes take at most \"1GiB\""));
+        }
         let AccessSettings { remember_allowed, remember_refused, max_answers } = self.access;
         for (key, time) in
             [("access.remember_allowed", remember_allowed), ("access.remember_refused", remember_refused)]
@@ -298,6 +321,7 @@ mod tests {
             ("[import.budget]\nentries = 3000000", "import.budget.entries in line 2: nodes take at most 2000000"),
             ("[import.budget]\nratio = 0", "import.budget.ratio in line 2: is 0"),
             ("[import.budget]\ntar_size = 5", "size"),
+            ("[profile]\nmax = \"2GiB\"", "profile.max in line 2: nodes take at most \"1GiB\""),
             ("[access]\nremember_allowed = \"1d\"", "access.remember_allowed"),
             ("[cache]\ntocs = \"64MB\"", "size"),
             ("[cache]\nchunks = \"99999999999GiB\"", "size"),

@@ -4,6 +4,7 @@
 
 mod image;
 mod packed;
+mod profile;
 mod registry;
 
 use std::collections::HashMap;
