@@ -97,6 +97,7 @@ impl State {
 pub struct Spoiler {
     address: SocketAddr,
     shared: Arc<Shared>,
+    listener: TcpListener,
     thread: Option<JoinHandle<()>>,
 }
 
@@ -147,10 +148,10 @@ impl Spoiler {
         let state = Mutex::new(State { random: seed.max(1), ..State::default() });
         let shared = Arc::new(Shared { address, target, state, ended: AtomicBool::new(false) });
         let thread = std::thread::spawn({
-            let shared = Arc::clone(&shared);
+            let (shared, listener) = (Arc::clone(&shared), listener.try_clone()?);
             move || serve(&listener, &shared)
         });
-        Ok(Self { address, shared, thread: Some(thread) })
+        Ok(Self { address, shared, listener, thread: Some(thread) })
     }
 
     /// From now on answers for `document` of `repository`, by this tag and by its digest, whatever the registry would say; no
@@ -216,8 +217,8 @@ impl Spoiler {
 impl Drop for Spoiler {
     fn drop(&mut self) {
         self.shared.ended.store(true, Ordering::Relaxed);
-        // A last visitor, so that the thread looks.
-        TcpStream::connect(self.address).ok();
+        // Wakes the thread, also in another network, where no visitor could.
+        net::shutdown(&self.listener, net::Shutdown::Both).ok();
         if let Some(thread) = self.thread.take() {
             thread.join().ok();
         }
@@ -263,10 +264,11 @@ impl BlackHole {
 }
 
 fn serve(listener: &TcpListener, shared: &Arc<Shared>) {
-    for client in listener.incoming().flatten() {
+    for client in listener.incoming() {
         if shared.ended() {
             return;
         }
+        let Ok(client) = client else { continue };
         let shared = Arc::clone(shared);
         // A connection that breaks is what its two ends must cope with.
         std::thread::spawn(move || carry::carry(client, &shared).ok());
