@@ -37,7 +37,7 @@ pub struct Lender;
 /// Those of `fallocate(2)` and `mmap(2)`; when the descriptor is shorter.
 pub fn lend(descriptor: impl AsFd, start: u64, size: usize, count: usize) -> io::Result<()> {
     let descriptor = descriptor.as_fd();
-    let bytes = size.checked_mul(count).filter(|bytes| *bytes > 0 && size % PAGE == 0);
+    let bytes = size.checked_mul(count).filter(|bytes| *bytes > 0 && size.is_multiple_of(PAGE));
     let bytes = bytes.ok_or(io::ErrorKind::InvalidInput)?;
     let end = u64::try_from(rustix::fs::fstat(descriptor)?.st_size).map_err(io::Error::other)?;
     if start.saturating_add(bytes as u64) > end {
