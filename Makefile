@@ -74,7 +74,8 @@ big: toolchain ## an image of 5 GB; needs root, 25 GB of disk, some minutes
 	cargo build --release --workspace --bins --locked
 	tests/tools/test.sh --release --workspace --test big -- --ignored --nocapture
 
-# The long form of what `make test` does for some seconds each: deaths of the worker, disks that are cut off, every damage.
+# The long form of what `make test` does for some seconds each: deaths of the worker, disks that are cut off, every damage; and
+# deaths on the kernel of Debian 12, in a machine that qemu emulates.
 soak: toolchain ## deaths, cut disks and damage, at length; needs root
 	tests/tools/install.sh soak
 	cargo test --workspace --no-run --locked

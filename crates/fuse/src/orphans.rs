@@ -19,8 +19,8 @@ use crate::journal::{Journal, Noted};
 /// How much of a number one request takes (`FUSE_REQ_ID_STEP` of the kernel).
 const STEP: u64 = 2;
 /// Requests before the last one that was noted among which an orphan may be: what the other threads can do while one is held up
-/// between taking a request and noting it. To answer all of them takes some milliseconds.
-const BEFORE: u64 = 32 * 1024;
+/// between taking a request and noting it. To answer all of them takes some ten milliseconds.
+const BEFORE: u64 = 8 * 1024;
 /// Requests after it: one for each thread, and those of which no note is made.
 const AFTER: u64 = 1024;
 /// The kernel tries a look-up again that ends with it, and all that begins with one (open, stat, execute), and a program does not

@@ -383,7 +383,9 @@ fn the_threads_of_a_server_read_into_memory_that_outlives_it_on_old_kernels() {
     mount.mounted.init[56] &= !(1 << 7);
     let dir = mount.path.path().join(VIEW.to_string()).join("dir");
     let (first, _) = start(&mount, "answers", None);
-    assert_eq!(fs::read(dir.join("quick")).unwrap(), b"t hand");
+    // Not closed, so that no later request takes the place of the read.
+    let file = open_direct(&dir);
+    assert_eq!((&file).read(&mut [0; 4096]).unwrap(), 6);
     first.die(&mount, false);
     let taken = mount.journal.taken();
     let read = taken.iter().find(|noted| noted.opcode == Operation::Read as u32).unwrap();

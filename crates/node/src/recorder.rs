@@ -9,7 +9,7 @@ use std::sync::atomic::{AtomicUsize, Ordering};
 use std::sync::{Arc, Mutex, MutexGuard, PoisonError};
 use std::time::Duration;
 
-use millstream_profile::run::{MAX_PAGES, MAX_RUNS};
+use millstream_profile::run::MAX_PAGES;
 use millstream_profile::{PAGE_SIZE, PageRun, Profile, ProfileLayer, Recording};
 use millstream_toc::DataRange;
 use tokio::time::Instant;
@@ -18,6 +18,8 @@ use tokio::time::Instant;
 const QUIET: Duration = Duration::from_secs(5);
 /// And after this long in any case.
 const LONGEST: Duration = Duration::from_secs(60);
+/// Runs of one recording: a message to the server may have 1 MiB, and a run is some seven bytes of it.
+const MAX_RUNS: usize = 100_000;
 /// Recordings at once; more starts at once are not recorded.
 const MOST: usize = 16;
 

@@ -12,12 +12,15 @@ use crate::cri::{Container, ContainerSpec, Cri};
 use crate::daemons::Node;
 use crate::image::{Image, shell};
 use crate::layer::{Packing, noise};
+use crate::machine;
 use crate::process::eventually;
 use crate::readers::{self, LARGE, Readers};
 use crate::stage::{Pushed, Stage};
 
 /// How long something may take that comes of itself.
 const PATIENCE: Duration = Duration::from_secs(30);
+/// The same where the processor is emulated.
+const PATIENCE_INSIDE: Duration = Duration::from_secs(120);
 /// Bytes that the container reads at once.
 const PIECE: usize = 1 << 20;
 
@@ -88,7 +91,7 @@ impl Busy {
     pub fn end(self) -> Result<Report> {
         let readers = self.readers.end()?;
         std::fs::write(self.containerd.rootfs("k8s.io", &self.container.id).join("tmp/stop"), "")?;
-        let ended = self.cri.wait(&self.container, PATIENCE)?;
+        let ended = self.cri.wait(&self.container, patience())?;
         ensure!(ended.exit_code == 0, "the container's reads ended with {}:\n{}", ended.exit_code, ended.output);
         let content = noise(1, LARGE);
         let sums: Vec<String> =
@@ -119,11 +122,11 @@ impl Busy {
     ///
     /// # Errors
     ///
-    /// If one has failed, or does not get on within half a minute.
+    /// If one has failed, or does not get on in time.
     pub fn await_progress(&self, before: &[u64]) -> Result<()> {
         let Some((container, readers)) = before.split_last() else { bail!("nobody reads") };
-        self.readers.await_progress(readers, PATIENCE)?;
-        eventually("a piece read in the container", PATIENCE, || {
+        self.readers.await_progress(readers, patience())?;
+        eventually("a piece read in the container", patience(), || {
             self.pieces().is_ok_and(|pieces| pieces > *container).then_some(())
         })
     }
@@ -132,9 +135,9 @@ impl Busy {
     ///
     /// # Errors
     ///
-    /// If there is none within half a minute, or a reader has failed.
+    /// If there is none in time, or a reader has failed.
     pub fn await_read(&self, moment: Instant) -> Result<Instant> {
-        self.readers.await_read(moment, PATIENCE)
+        self.readers.await_read(moment, patience())
     }
 
     /// # Errors
@@ -148,9 +151,9 @@ impl Busy {
     ///
     /// # Errors
     ///
-    /// If there is none for half a minute.
+    /// If there is none in time.
     pub fn worker(&self) -> Result<Pid> {
-        eventually("a worker", PATIENCE, || match self.node.workers().as_slice() {
+        eventually("a worker", patience(), || match self.node.workers().as_slice() {
             [one] => Pid::from_raw(*one),
             _ => None,
         })
@@ -165,9 +168,13 @@ impl Busy {
         let sent = Instant::now();
         kill_process(worker, signal).context("killing the worker")?;
         let id = worker.as_raw_nonzero().get();
-        eventually("the end of the worker", PATIENCE, || (!self.node.workers().contains(&id)).then_some(()))?;
+        eventually("the end of the worker", patience(), || (!self.node.workers().contains(&id)).then_some(()))?;
         Ok((sent, Instant::now()))
     }
+}
+
+fn patience() -> Duration {
+    if machine::is_inside() { PATIENCE_INSIDE } else { PATIENCE }
 }
 
 /// The directory in the node's mount that shows the image.

@@ -20,6 +20,7 @@ use crate::containerd::Snapshotter;
 use crate::cri::connect;
 use crate::installation::Installation;
 use crate::link::Link;
+use crate::machine;
 use crate::names;
 use crate::need::product;
 use crate::process::{Process, eventually, peak_memory, socket_accepts};
@@ -451,12 +452,12 @@ fn call<T>(
 }
 
 fn node_settings(dir: &Path, options: &NodeOptions) -> Result<String> {
-    let mut text = format!(
-        "root = {:?}\nsocket = {:?}\n\n[server]\naddress = {:?}\n",
-        dir.join("root"),
-        dir.join("m.sock"),
-        options.server
-    );
+    let mut text = format!("root = {:?}\nsocket = {:?}\n", dir.join("root"), dir.join("m.sock"));
+    if machine::is_inside() {
+        // An emulated processor takes longer than the second that is usual.
+        writeln!(text, "decision_deadline = \"20s\"")?;
+    }
+    writeln!(text, "\n[server]\naddress = {:?}", options.server)?;
     if let Some(ca) = &options.ca {
         writeln!(text, "ca = {ca:?}")?;
     }
