@@ -10,17 +10,21 @@ out=$(CDPATH='' cd -- "$1" && pwd -P)
 suite=bookworm
 work=$out/.work
 
+# Everything that is mounted below the trees, deepest first: also what mmdebstrap mounts, if it was killed.
 cleanup() {
-    # Deepest first; a chroot leaves nothing else behind.
-    awk -v under="$work/" 'index($2, under) == 1 { print $2 }' /proc/self/mounts | sort -r | while read -r mounted; do
+    awk -v under="$out/" 'index($2, under) == 1 { print $2 }' /proc/self/mounts | sort -r | while read -r mounted; do
         umount -l "$mounted"
     done
 }
-trap cleanup EXIT INT TERM
+trap cleanup EXIT
+trap 'exit 1' INT TERM
 
-# An earlier run may have been killed in the middle.
+# An earlier run may have been killed in the middle; whoever belongs to it would mount again what is unmounted here. Of a mount that
+# is left nothing must be removed: it may be /proc, /sys or /dev of this machine.
+exec 9> "$out.lock"
+flock -n 9 || { printf '%s\n' "somebody else works on $out" >&2; exit 1; }
 cleanup
-rm -rf "$out"
+rm -rf --one-file-system "$out"
 mkdir -p "$work/archives" "$work/lists/partial"
 
 # Package sources of this machine: whatever reaches Debian here reaches it in the chroot.
@@ -80,6 +84,6 @@ base() {
 
 finish() {
     cleanup
-    rm -rf "$work"
+    rm -rf --one-file-system "$work"
     say "done: $(du -sh "$out" | cut -f1) in $(find "$out" | wc -l) files"
 }

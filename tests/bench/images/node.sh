@@ -11,7 +11,7 @@ say "packages of npm"
 mkdir -p "$out/3-modules/app"
 cat > "$out/3-modules/app/package.json" <<'END'
 { "name": "bench", "version": "1.0.0", "private": true, "dependencies": {
-    "@babel/core": "7.26.0", "@babel/preset-env": "7.26.0", "@mui/icons-material": "5.16.7", "@mui/material": "5.16.7",
+    "@babel/core": "7.26.0", "@babel/preset-env": "7.26.0", "@emotion/react": "11.13.5", "@emotion/styled": "11.13.5", "@mui/icons-material": "5.16.7", "@mui/material": "5.16.7",
     "core-js": "3.39.0", "date-fns": "4.1.0", "eslint": "8.57.1", "express": "4.21.1", "lodash": "4.17.21",
     "react": "18.3.1", "react-dom": "18.3.1", "rxjs": "7.8.1", "typescript": "5.6.3", "webpack": "5.96.1" } }
 END

@@ -4,11 +4,11 @@ use std::collections::BTreeMap;
 use std::net::SocketAddr;
 use std::time::{Duration, Instant};
 
-use anyhow::{Context as _, Result};
+use anyhow::{Context as _, Result, ensure};
 use millstream_e2e::containerd::Containerd;
 use millstream_e2e::cri::{Container, ContainerSpec, Cri};
 use millstream_e2e::daemons::{metrics_page, sample};
-use millstream_e2e::process::eventually;
+use millstream_e2e::process::{eventually, tail};
 use millstream_e2e::registry::free_address;
 use millstream_e2e::rig::{REGISTRY_PORT, Rig, drop_caches};
 use millstream_e2e::watch::Requests;
@@ -84,6 +84,7 @@ impl At<'_> {
         let before = self.counters()?;
         let started = Instant::now();
         values.pull_s = self.cri.pull(&reference, None)?.as_secs_f64();
+        self.check_lazy(&before)?;
         if job == Job::Pull {
             let seen = self.counters()?;
             values.requests = Some(seen.turns - before.turns);
@@ -113,6 +114,19 @@ impl At<'_> {
             values.more.extend(self.read_everything(&container)?);
         }
         Ok(values)
+    }
+
+    /// A lazy subject that quietly pulls as always would be measured as something else.
+    fn check_lazy(&self, before: &Counters) -> Result<()> {
+        let received = self.rig.link.traffic()?.received_bytes - before.received;
+        let log = self.rig.work.log(self.daemon.name());
+        let whole = self.subject.is_lazy() && received >= self.image.size();
+        ensure!(
+            !whole,
+            "the pull was to be lazy, and the whole image came with it; the end of the daemon's log:\n{}",
+            tail(&log, 20)
+        );
+        Ok(())
     }
 
     fn counters(&self) -> Result<Counters> {

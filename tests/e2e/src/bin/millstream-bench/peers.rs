@@ -6,7 +6,7 @@ use std::time::Duration;
 
 use anyhow::{Context as _, Result};
 use millstream_e2e::containerd::{Containerd, ContainerdOptions, Snapshotter, Tuning, Version};
-use millstream_e2e::daemons::{Node, NodeOptions};
+use millstream_e2e::daemons::{NODE, Node, NodeOptions};
 use millstream_e2e::need::{CONTAINERD_2, Need, bench_tool, program};
 use millstream_e2e::process::{Process, socket_accepts};
 use millstream_e2e::registry::free_address;
@@ -101,6 +101,11 @@ impl Subject {
         matches!(self, Self::Millstream { .. })
     }
 
+    /// Whether its pulls fetch little of an image.
+    pub(crate) fn is_lazy(self) -> bool {
+        !matches!(self, Self::Overlayfs { .. } | Self::Millstream { known: Known::Nothing, .. })
+    }
+
     /// Whether millstream-server has a part in it.
     pub(crate) fn needs_server(self) -> bool {
         matches!(self, Self::Millstream { known: Known::Profile | Known::Indexed, .. })
@@ -152,13 +157,11 @@ impl Subject {
             Self::Overlayfs { .. } => Ok(Daemon::None),
             Self::Stargz { tuned, .. } => {
                 let tuning = if tuned { STARGZ_TUNING } else { "" };
-                let words = ["-address", "-config", "-root"];
-                other(rig, "stargz", STARGZ_PROGRAM, words, tuning)
+                other(rig, "stargz", STARGZ_PROGRAM, "", tuning)
             }
             Self::Soci { prefetch } => {
                 let tuning = if prefetch { SOCI_PREFETCH } else { "" };
-                let words = ["--address", "--config", "--root"];
-                other(rig, "soci", SOCI_PROGRAM, words, tuning)
+                other(rig, "soci", SOCI_PROGRAM, "http://", tuning)
             }
             Self::Millstream { version, known, hydration } => {
                 let mut options = rig.node(hydration);
@@ -232,6 +235,15 @@ impl Daemon {
         if let Self::Millstream(node) = self { Some(node) } else { None }
     }
 
+    /// Name of its log in the workdir.
+    pub(crate) fn name(&self) -> &'static str {
+        match self {
+            Self::None => "containerd2",
+            Self::Other { name, .. } => name,
+            Self::Millstream(_) => NODE,
+        }
+    }
+
     /// Its processes.
     pub(crate) fn processes(&self) -> Vec<u32> {
         match self {
@@ -254,17 +266,17 @@ impl Daemon {
     }
 }
 
-/// Somebody else's daemon, which is told of socket, settings and state by these words.
-fn other(rig: &Rig, name: &'static str, program: &'static str, words: [&str; 3], tuning: &str) -> Result<Daemon> {
+/// Somebody else's daemon; `scheme` is what it wants before the name of a mirror.
+fn other(rig: &Rig, name: &'static str, program: &'static str, scheme: &str, tuning: &str) -> Result<Daemon> {
     let dir = rig.work.dir(DIRECTORY)?;
     let (config, socket, root) = (dir.join("config.toml"), dir.join("s.sock"), dir.join("root"));
     std::fs::create_dir_all(&root)?;
     let host = rig.registry.host();
-    let text = format!("{tuning}[[resolver.host.\"{host}\".mirrors]]\nhost = \"{host}\"\ninsecure = true\n");
+    let text = format!("{tuning}[[resolver.host.\"{host}\".mirrors]]\nhost = \"{scheme}{host}\"\ninsecure = true\n");
     std::fs::write(&config, text)?;
     let found = bench_tool(program).with_context(|| format!("{program} is not built"))?;
     let mut command = Command::new(found);
-    for (word, path) in words.iter().zip([&socket, &config, &root]) {
+    for (word, path) in [("--address", &socket), ("--config", &config), ("--root", &root)] {
         command.arg(word).arg(path);
     }
     let mut process = Process::spawn(program, command, &rig.work.log(name))?;
