@@ -9,13 +9,13 @@ use millstream_e2e::machine::{self, PROGRAM};
 use millstream_e2e::need::Need;
 use millstream_e2e::stage::can_be_set;
 
-/// For all of it, which takes some six minutes. An emulated machine is many times slower than a real one.
+/// For all of it, which takes some eight minutes. An emulated machine is many times slower than a real one.
 const DEADLINE: Duration = Duration::from_secs(1200);
 /// Of deaths at each kind of moment.
 const DEATHS: Duration = Duration::from_secs(120);
 
 #[test]
-#[ignore = "six minutes; make soak"]
+#[ignore = "eight minutes; make soak"]
 fn soak_reads_go_on_when_workers_die_on_the_kernel_of_debian_12() {
     if machine::is_inside() {
         inside();
