@@ -4,6 +4,7 @@
 pub mod busy;
 pub mod caller;
 pub mod containerd;
+pub mod course;
 pub mod cri;
 pub mod daemons;
 pub mod debian;
@@ -15,6 +16,7 @@ pub mod installation;
 pub mod layer;
 pub mod liar;
 pub mod link;
+pub mod memory;
 pub mod need;
 mod pack;
 pub mod process;

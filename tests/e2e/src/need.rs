@@ -28,6 +28,8 @@ pub enum Need {
     Containerd(&'static str),
     /// containerd's own suite for snapshotters, as `tests/tools/install.sh` builds it.
     Conformance,
+    /// Control groups that limit memory, of version 1 or delegated ones of version 2.
+    MemoryGroups,
     /// A program of this project, built in the same profile as the test.
     Product(&'static str),
 }
@@ -41,6 +43,7 @@ impl Need {
             Self::Containerd2 => Self::Containerd(CONTAINERD_2).is_met(),
             Self::Containerd(release) => containerd_dir(release).join("containerd").is_file(),
             Self::Conformance => conformance_suite().is_file(),
+            Self::MemoryGroups => crate::memory::hierarchy().is_some(),
             Self::Product(name) => product(name).is_some(),
         }
     }
@@ -52,6 +55,7 @@ impl Need {
             Self::Containerd2 => format!("containerd {CONTAINERD_2} (tests/tools/install.sh)"),
             Self::Containerd(release) => format!("containerd {release} (tests/tools/install.sh clients)"),
             Self::Conformance => "containerd's suite for snapshotters (tests/tools/install.sh)".to_owned(),
+            Self::MemoryGroups => "control groups that limit memory".to_owned(),
             Self::Product(name) => format!("{name} (cargo build --bin {name})"),
         }
     }

@@ -103,6 +103,16 @@ impl Process {
         Ok(())
     }
 
+    /// Waits until it has ended by itself.
+    ///
+    /// # Errors
+    ///
+    /// If it has not after `deadline`.
+    pub fn await_end(&mut self, deadline: Duration) -> Result<ExitStatus> {
+        let ended = self.wait(deadline)?;
+        ended.with_context(|| format!("{} runs still after {deadline:?}:\n{}", self.name, self.log_tail()))
+    }
+
     fn wait(&mut self, deadline: Duration) -> Result<Option<ExitStatus>> {
         let started = Instant::now();
         loop {
