@@ -74,12 +74,12 @@ big: toolchain ## an image of 5 GB; needs root, 25 GB of disk, some minutes
 	cargo build --release --workspace --bins --locked
 	tests/tools/test.sh --release --workspace --test big -- --ignored --nocapture
 
-# The long form of what `make test` does for some seconds each: deaths of the worker, disks that are cut off, every damage; and
-# deaths on the kernel of Debian 12, in a machine that qemu emulates.
-soak: toolchain ## deaths, cut disks and damage, at length; needs root
+# The long form of what `make test` does for some seconds each: deaths of the worker, disks that are cut off, every damage, orders
+# of events; slow leaks, which take minutes to show; and deaths on the kernel of Debian 12, in a machine that qemu emulates.
+soak: toolchain ## deaths, cut disks, damage, leaks and orders of events, at length; needs root
 	tests/tools/install.sh soak
 	cargo test --workspace --no-run --locked
-	tests/tools/test.sh --workspace --test takeover --test old_kernel --test upgrade --test power_cut --test damage -- --ignored --nocapture
+	tests/tools/test.sh --workspace --test takeover --test old_kernel --test upgrade --test power_cut --test damage --test leaks -- --ignored --nocapture
 	MILLSTREAM_SCHEDULES=200000 cargo test --locked -p millstream-prefetch -p millstream-chunkstore -p millstream-layerfs \
 		-p millstream-node --lib schedules
 

@@ -39,8 +39,7 @@ const UNFINISHED: u64 = 1 << 62;
 /// Deaths running after which a request is not worked on any more.
 const LAST_DEATH: u64 = 2;
 /// A worker that was killed from outside says little about what it had begun just then; what it had been at for this long
-/// may be what it was killed for (by the killer of processes that use too much memory, say). Longer than a read that is fetched
-/// on a busy node usually takes: such reads are no suspects.
+/// may be what it was killed for. Longer than a read that is fetched on a busy node usually takes: such reads are no suspects.
 const SUSPICIOUS: Duration = Duration::from_secs(3);
 /// Hand-overs after which a slot that nobody has taken up is free: the request was answered just before a death.
 const FORGOTTEN: u64 = 3;
@@ -278,7 +277,8 @@ impl Journal {
         slots.into_iter().find(|(_, slot)| slot.unique.load(Ordering::Acquire) == unique)
     }
 
-    /// The supervisor's: `process` has died, `by_itself` unless somebody killed it. What it was working on may be the cause.
+    /// The supervisor's: `process` has died, `by_itself` unless somebody killed it (who takes too much memory is killed by the kernel, and counts as
+    /// one that died by itself). What it was working on may be the cause.
     pub fn died(&self, process: u32, by_itself: bool) {
         let now = now();
         for slot in self.slots() {

@@ -4,7 +4,7 @@
 //! check reads all of them, takes out what is wrong, lets the kernel forget what it keeps of these files, and has the bytes
 //! fetched again.
 
-use std::collections::HashSet;
+use std::collections::{BTreeMap, HashSet};
 use std::sync::Arc;
 use std::time::{Duration, Instant};
 
@@ -17,12 +17,14 @@ use millstream_oci::Digest;
 use millstream_source::{Priority, names};
 use millstream_toc::DataRange;
 use millstream_wire::millstream::v1 as wire;
+use redb::Database;
 use tokio::sync::{Semaphore, mpsc};
 use tonic::Status;
 use tracing::{info, warn};
 
 use crate::control::damage_to_wire;
 use crate::damage::{self, Damage};
+use crate::database;
 use crate::images::NodeImages;
 use crate::repair::Repairer;
 
@@ -40,6 +42,7 @@ type Outcome = wire::check_finding::Outcome;
 #[derive(Debug, Clone)]
 pub struct Checker {
     repairer: Repairer,
+    database: Arc<Database>,
     kernel: Invalidator,
     turn: Arc<Semaphore>,
 }
@@ -54,10 +57,10 @@ struct Check {
 }
 
 impl Checker {
-    /// Damage goes where `repairer` has it; `kernel` forgets what was wrong.
+    /// Damage goes where `repairer` has it; `kernel` forgets what was wrong. `database` is the one of the store.
     #[must_use]
-    pub fn new(repairer: Repairer, kernel: Invalidator) -> Self {
-        Self { repairer, kernel, turn: Arc::new(Semaphore::new(1)) }
+    pub fn new(repairer: Repairer, database: Arc<Database>, kernel: Invalidator) -> Self {
+        Self { repairer, database, kernel, turn: Arc::new(Semaphore::new(1)) }
     }
 
     fn images(&self) -> &Arc<NodeImages> {
@@ -111,8 +114,14 @@ impl Check {
         let repairer = self.checker.repairer.clone();
         runtime.block_on(repairer.check_snapshots())?;
         repairer.look()?;
-        // What was known before; chunks are told of where they are looked at.
-        for known in repairer.damages().all().into_iter().filter(|known| known.code != damage::CHUNKS) {
+        self.database()?;
+        // What was known before; chunks and the database are told of where they are looked at.
+        for known in repairer
+            .damages()
+            .all()
+            .into_iter()
+            .filter(|known| ![damage::CHUNKS, damage::DATABASE].contains(&known.code))
+        {
             let outcome = match known.code {
                 damage::LAYER | damage::CONTENT | damage::VIEW | damage::IMAGE => Outcome::Waiting,
                 damage::DATABASE_RESTORED => Outcome::Repaired,
@@ -131,6 +140,27 @@ impl Check {
             let outcome = if failed.is_some() { Outcome::Waiting } else { Outcome::Repaired };
             let what = failed.map_or_else(|| what.clone(), |why| format!("{what}; it cannot be made again now: {why}"));
             self.found(Damage { code: damage::VIEW, object: number.to_string(), what }, outcome);
+        }
+        Ok(())
+    }
+
+    /// Both files. What is damaged is not mended under the worker that has them open, but by the next one.
+    fn database(&mut self) -> anyhow::Result<()> {
+        let found = database::check(self.checker.images().store.root(), &self.checker.database)?;
+        let hint = match found.len() {
+            0 | 1 => {
+                "hint: reload millstreamd (`millstreamd upgrade`); its next worker makes it again from the other file"
+            }
+            _ => {
+                "hint: both files are damaged, and with the next worker they are lost: look at the disk, and see \
+                  store.database-lost"
+            }
+        };
+        let objects = found.into_iter().map(|(name, what)| (name.to_owned(), format!("{what}; {hint}")));
+        let objects: BTreeMap<String, String> = objects.collect();
+        self.checker.images().damages.set(damage::DATABASE, objects.clone());
+        for (object, what) in objects {
+            self.found(Damage { code: damage::DATABASE, object, what }, Outcome::NotRepaired);
         }
         Ok(())
     }

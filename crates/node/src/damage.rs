@@ -8,6 +8,8 @@ use tracing::{error, info};
 
 /// The database was damaged and came back from its copy.
 pub const DATABASE_RESTORED: &str = "store.database-restored";
+/// A check found a file of the database damaged; the worker goes on with what it has.
+pub const DATABASE: &str = "store.database-damaged";
 /// Database and copy are lost.
 pub const DATABASE_LOST: &str = "store.database-lost";
 /// A layer's table of contents or record cannot be used; nothing of it can be shown.
@@ -26,7 +28,8 @@ pub const IMAGE: &str = "store.image-damaged";
 pub const MOUNTS: &str = "store.mounts-lost";
 
 /// All of them.
-pub const CODES: [&str; 9] = [DATABASE_RESTORED, DATABASE_LOST, LAYER, CONTENT, CHUNKS, VIEW, SNAPSHOT, IMAGE, MOUNTS];
+pub const CODES: [&str; 10] =
+    [DATABASE_RESTORED, DATABASE, DATABASE_LOST, LAYER, CONTENT, CHUNKS, VIEW, SNAPSHOT, IMAGE, MOUNTS];
 
 /// Damaged things that are named one by one in the log, for each code; of the rest there is the number.
 const MAX_LINES: usize = 100;

@@ -6,6 +6,7 @@
 //! it is put aside, never deleted, and the second takes its place. Only when both are lost is there anything to lose.
 
 mod mirror;
+mod whole;
 
 use std::fs::{self, File};
 use std::io::{self, Read};
@@ -20,6 +21,7 @@ use rustix::io::Errno;
 use tracing::{info, warn};
 
 use self::mirror::Mirror;
+pub use self::whole::check;
 
 /// The file that is read.
 pub const FILE: &str = "state.redb";
@@ -145,16 +147,19 @@ fn examine(file: &Path) -> anyhow::Result<Examined> {
         Ok(found) if found.len() == 0 => return Ok(Examined::Absent),
         Ok(_) => {}
     }
+    let damage = damage_of(|| Builder::new().set_check_integrity_on_open(true).open(file));
+    let damage = damage.with_context(|| format!("opening the database {}", file.display()))?;
+    Ok(damage.map_or(Examined::Whole, Examined::Damaged))
+}
+
+/// What is wrong with a database, if anything is; `open` checks all of it.
+fn damage_of(open: impl FnOnce() -> Result<Database, DatabaseError>) -> Result<Option<String>, DatabaseError> {
     // Garbage that no checksum covers may be more than the library expects.
-    let opened = catch_unwind(AssertUnwindSafe(|| {
-        let db = Builder::new().set_check_integrity_on_open(true).open(file)?;
-        db.close()
-    }));
-    match opened {
-        Ok(Ok(())) => Ok(Examined::Whole),
-        Ok(Err(error)) if is_damage(&error) => Ok(Examined::Damaged(error.to_string())),
-        Ok(Err(error)) => Err(error).with_context(|| format!("opening the database {}", file.display())),
-        Err(_) => Ok(Examined::Damaged("the library could not make sense of it".to_owned())),
+    match catch_unwind(AssertUnwindSafe(|| open()?.close())) {
+        Ok(Ok(())) => Ok(None),
+        Ok(Err(error)) if is_damage(&error) => Ok(Some(error.to_string())),
+        Ok(Err(error)) => Err(error),
+        Err(_) => Ok(Some("the library could not make sense of it".to_owned())),
     }
 }
 

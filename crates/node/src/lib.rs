@@ -23,6 +23,7 @@ pub mod lost_mounts;
 pub mod make_local;
 pub mod metrics;
 pub mod mount_keeper;
+mod oom;
 pub mod origin;
 mod outside;
 pub mod page;

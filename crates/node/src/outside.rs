@@ -10,6 +10,7 @@ pub(crate) use std::time::Instant;
 pub(crate) use millstream_sys::process::spawn_with;
 pub(crate) use millstream_sys::signals::Signals;
 
+pub(crate) use crate::oom::kills as oom_kills;
 pub(crate) use crate::supervisor::Mounting;
 
 /// Asks a process that was not waited for yet to end.

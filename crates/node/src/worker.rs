@@ -250,7 +250,7 @@ async fn work(settings: &Settings, inherited: Inheritance) -> anyhow::Result<()>
     tokio::spawn(garbage.clone().give_back_again_and_again());
     let keeper = Keeper::new(limits(settings), settings.root.clone(), snapshots.clone(), Arc::clone(&images));
     tokio::spawn(keeper.keep());
-    let checker = Checker::new(repairer, session.invalidator());
+    let checker = Checker::new(repairer, Arc::clone(&db), session.invalidator());
     let control = Control::new(images, garbage, checker, settings.fetch.hydration, settings.store.quota);
     let result = tokio::select! {
         result = serve(inherited.listener, SnapshotService::new(snapshots), control, session) => result,

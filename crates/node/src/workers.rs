@@ -17,7 +17,7 @@ use rustix::event::{PollFd, PollFlags, Timespec, poll};
 use rustix::process::Signal;
 use tracing::{error, info, warn};
 
-use super::outside::{Child, Instant, Mounting, Signals, spawn_with, terminate};
+use super::outside::{Child, Instant, Mounting, Signals, oom_kills, spawn_with, terminate};
 use crate::line::{Line, PROTOCOL, Report, Start};
 use crate::program::{Program, Version, read_settings};
 use crate::service;
@@ -70,6 +70,8 @@ pub struct Workers<'a> {
     /// The first worker's answer to INIT, once the kernel has it.
     answer: Option<Vec<u8>>,
     restarts: u64,
+    /// What the kernel's killer of processes had counted when it was last looked at.
+    oom_kills: Option<u64>,
     /// How long the last worker took to serve after it might open the store.
     took: Duration,
 }
@@ -114,7 +116,7 @@ impl<'a> Workers<'a> {
     /// Workers are of `current` until an upgrade.
     #[must_use]
     pub(crate) const fn new(kept: Kept<'a>, mounting: Mounting, current: Version) -> Self {
-        Self { kept, mounting, current, answer: None, restarts: 0, took: Duration::ZERO }
+        Self { kept, mounting, current, answer: None, restarts: 0, oom_kills: None, took: Duration::ZERO }
     }
 
     /// Runs until SIGTERM or SIGINT.
@@ -129,6 +131,8 @@ impl<'a> Workers<'a> {
             if self.is_gone()? {
                 self.mount_again()?;
             }
+            // The group may be another one by now.
+            self.oom_kills = oom_kills();
             let started = Instant::now();
             let ended = match self.start(&self.current) {
                 Ok(worker) => self.live(worker, patience)?,
@@ -227,9 +231,9 @@ impl<'a> Workers<'a> {
     fn watch(&mut self, worker: &mut Worker) -> anyhow::Result<Ended> {
         loop {
             if let Some(status) = worker.child.try_wait()? {
+                let out_of_memory = self.note_death(worker, status);
                 let (pid, signal, exit_code) = (worker.child.id(), status.signal(), status.code());
-                error!(pid, signal, exit_code, "worker died; starting another one");
-                self.note_death(worker, status);
+                error!(pid, signal, exit_code, out_of_memory, "worker died; starting another one");
                 return Ok(Ended::Died);
             }
             let others: Vec<BorrowedFd<'_>> = self.kept.requests.iter().map(|requests| requests.as_fd()).collect();
@@ -370,9 +374,15 @@ impl<'a> Workers<'a> {
         }
     }
 
-    /// What it was working on may have been the cause.
-    fn note_death(&self, worker: &Worker, status: ExitStatus) {
-        self.mounting.journal.died(worker.child.id(), status.signal() != Some(Signal::KILL.as_raw()));
+    /// What it was working on may have been the cause, unless somebody killed it. The kernel is not somebody: it kills who takes
+    /// too much memory. Says whether it did.
+    fn note_death(&mut self, worker: &Worker, status: ExitStatus) -> bool {
+        let kills = oom_kills();
+        let out_of_memory = kills > self.oom_kills.or(kills);
+        self.oom_kills = kills;
+        let by_itself = out_of_memory || status.signal() != Some(Signal::KILL.as_raw());
+        self.mounting.journal.died(worker.child.id(), by_itself);
+        out_of_memory
     }
 
     /// Asks the worker to end, and sees to it. Says whether we were asked to stop meanwhile.

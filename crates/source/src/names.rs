@@ -17,7 +17,7 @@ pub const CODE: &str = "code";
 pub const SNAPSHOT: &str = "snapshot";
 
 /// Every name, with what stands under it.
-pub const FIELDS: [(&str, &str); 48] = [
+pub const FIELDS: [(&str, &str); 49] = [
     // what it is about
     (IMAGE, "image reference as the client gave it"),
     ("manifest", "digest of a manifest"),
@@ -71,4 +71,5 @@ pub const FIELDS: [(&str, &str); 48] = [
     ("pid", "process"),
     ("signal", "signal that ended a process"),
     ("exit_code", "exit code of a process"),
+    ("out_of_memory", "whether the kernel killed a process for want of memory"),
 ];

@@ -96,6 +96,14 @@ pub struct Gauges {
     pub things: Vec<String>,
 }
 
+impl Gauges {
+    /// Of no node that runs, to try out what is made of them.
+    #[cfg(test)]
+    pub(crate) fn of(worker: Process, supervisor: Process, tasks: u64, things: Vec<String>) -> Self {
+        Self { worker_id: 0, worker, supervisor, tasks, things }
+    }
+}
+
 /// Where to look.
 #[derive(Debug)]
 pub struct Gauged<'n> {

@@ -80,7 +80,7 @@ pub fn run(name: &str, deadline: Duration) -> Result<String> {
     // What is written to the root goes there.
     command.env("TMPDIR", workdir.path());
     let mut machine = Process::spawn("qemu", command, &workdir.log("qemu"))?;
-    let ended = machine.await_end(deadline)?;
+    let ended = machine.wait(deadline)?;
     let text = String::from_utf8_lossy(&std::fs::read(&said).unwrap_or_default()).replace('\r', "");
     let said = || format!("it said:\n{text}\nand its kernel:\n{}", crate::process::tail(&console, 20));
     let status = ended.with_context(|| format!("the machine does not end within {deadline:?}; {}", said()))?;

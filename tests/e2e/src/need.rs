@@ -30,6 +30,8 @@ pub enum Need {
     Conformance,
     /// A base system with the kernel of Debian 12, as `tests/tools/install.sh soak` makes it.
     Machine,
+    /// Control groups that limit memory, of version 1 or delegated ones of version 2.
+    MemoryGroups,
     /// A program of this project, built in the same profile as the test.
     Product(&'static str),
 }
@@ -44,6 +46,7 @@ impl Need {
             Self::Containerd(release) => containerd_dir(release).join("containerd").is_file(),
             Self::Conformance => conformance_suite().is_file(),
             Self::Machine => machine_dir().join("vmlinuz").is_file(),
+            Self::MemoryGroups => crate::memory::hierarchy().is_some(),
             Self::Product(name) => product(name).is_some(),
         }
     }
@@ -56,6 +59,7 @@ impl Need {
             Self::Containerd(release) => format!("containerd {release} (tests/tools/install.sh clients)"),
             Self::Conformance => "containerd's suite for snapshotters (tests/tools/install.sh)".to_owned(),
             Self::Machine => "a machine with the kernel of Debian 12 (tests/tools/install.sh soak)".to_owned(),
+            Self::MemoryGroups => "control groups that limit memory".to_owned(),
             Self::Product(name) => format!("{name} (cargo build --bin {name})"),
         }
     }

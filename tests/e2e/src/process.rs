@@ -83,7 +83,7 @@ impl Process {
     /// If its end cannot be awaited.
     pub fn stop(mut self) -> Result<ExitStatus> {
         self.signal(Signal::TERM);
-        if let Some(status) = self.await_end(STOP_DEADLINE)? {
+        if let Some(status) = self.wait(STOP_DEADLINE)? {
             return Ok(status);
         }
         self.kill_group();
@@ -97,10 +97,20 @@ impl Process {
     /// If its end cannot be awaited.
     pub fn crash(mut self) -> Result<()> {
         self.signal(Signal::KILL);
-        let ended = self.await_end(STOP_DEADLINE)?;
+        let ended = self.wait(STOP_DEADLINE)?;
         ensure!(ended.is_some(), "{} survived SIGKILL", self.name);
         // The group is left alone: that is the point. The drop finds the child reaped.
         Ok(())
+    }
+
+    /// Waits until it has ended by itself.
+    ///
+    /// # Errors
+    ///
+    /// If it has not after `deadline`.
+    pub fn await_end(&mut self, deadline: Duration) -> Result<ExitStatus> {
+        let ended = self.wait(deadline)?;
+        ended.with_context(|| format!("{} runs still after {deadline:?}:\n{}", self.name, self.log_tail()))
     }
 
     /// Waits until it ends by itself; `None`: it has not within `deadline`.
@@ -108,7 +118,7 @@ impl Process {
     /// # Errors
     ///
     /// If its end cannot be awaited.
-    pub fn await_end(&mut self, deadline: Duration) -> Result<Option<ExitStatus>> {
+    pub fn wait(&mut self, deadline: Duration) -> Result<Option<ExitStatus>> {
         let started = Instant::now();
         loop {
             if let Some(status) = self.child.try_wait().with_context(|| format!("waiting for {}", self.name))? {

@@ -453,6 +453,16 @@ fn a_check_finds_wrong_bytes_and_the_kernel_forgets_them() {
     eventually("the end of the damage", MENDED, || world.named().is_empty().then_some(())).unwrap();
     let (found, whole) = check(&world.node);
     assert!(whole && found["findings"].as_array().unwrap().is_empty(), "{found}");
+
+    // The second file of the database, which nothing reads while the first one is whole.
+    harm(&world.node.root().join("state.copy.redb"), Harm::Half);
+    let (found, whole) = check(&world.node);
+    let finding = &found["findings"][0];
+    assert!(!whole && finding["object"] == "state.copy.redb" && finding["code"] == "store.database-damaged", "{found}");
+    world.node.crash_worker().unwrap();
+    let (found, whole) = check(&world.node);
+    assert!(whole && found["findings"].as_array().unwrap().is_empty(), "the next worker made it again: {found}");
+    assert_eq!(world.run(0, ALL).unwrap(), right);
 }
 
 #[test]

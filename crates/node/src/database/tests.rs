@@ -203,3 +203,31 @@ fn a_copy_that_cannot_be_written_is_given_up() {
     assert_eq!((rows(&db), found), (1001, Found::Whole));
     assert!(copy.exists());
 }
+
+#[test]
+fn a_check_of_an_open_database_names_the_file_that_is_damaged_and_changes_nothing() {
+    let root = root();
+    let root = root.path();
+    let (db, _) = open(root).unwrap();
+    assert_eq!(check(root, &db).unwrap(), []);
+    let bytes = fs::read(root.join(FILE)).unwrap();
+    for (harmed, twin) in [(FILE, COPY), (COPY, FILE)] {
+        // Some page is in use whatever the library does, so all of them are tried.
+        let mut named = 0;
+        for at in (0..len(&root.join(harmed))).step_by(4096) {
+            write_garbage(&root.join(harmed), at);
+            let found = check(root, &db).unwrap();
+            let names: Vec<&str> = found.iter().map(|(name, _)| *name).collect();
+            // In a page that nobody needs they are just not equal, and then it is the copy that is to be made anew.
+            assert!(names == [harmed] || names == [COPY], "{at}: {found:?}");
+            named += usize::from(names == [harmed]);
+            assert!(fs::read(root.join(twin)).unwrap() == bytes, "the other file was changed");
+            fs::write(root.join(harmed), &bytes).unwrap();
+        }
+        assert!(named > 2, "{harmed}: {named}");
+    }
+    fs::remove_file(root.join(COPY)).unwrap();
+    assert!(matches!(&check(root, &db).unwrap()[..], [(COPY, what)] if what.contains("cannot be read")));
+    put(&db, 1000..1001);
+    assert_eq!(rows(&db), 1001, "it is in use as before");
+}

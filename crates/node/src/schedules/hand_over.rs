@@ -2,7 +2,7 @@
 //! time in place of the real ones. What is said goes over real sockets, by the code of [`crate::line`].
 
 mod outside {
-    pub(crate) use super::world::{Child, Instant, Mounting, Signals, spawn_with, terminate};
+    pub(crate) use super::world::{Child, Instant, Mounting, Signals, oom_kills, spawn_with, terminate};
 }
 #[allow(dead_code, unreachable_pub)]
 #[path = "../workers.rs"]

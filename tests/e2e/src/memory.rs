@@ -1,0 +1,133 @@
+//! A control group with little memory, and a program that takes it all: so the kernel kills whom it can kill there.
+
+use std::ffi::CStr;
+use std::fs;
+use std::path::{Path, PathBuf};
+use std::process::Command;
+use std::time::Duration;
+
+use anyhow::{Context as _, Result, ensure};
+use rustix::mount::{MountFlags, mount};
+
+use crate::process::Process;
+use crate::workdir::Workdir;
+
+/// How long the kernel may take to kill somebody.
+const DEADLINE: Duration = Duration::from_secs(60);
+
+/// Fills a file that lies in memory, piece by piece, until the kernel has killed as often as wanted, then ends. The memory is the
+/// group's, and no process has it: so the one that is killed is not this one but the largest.
+const HOG: &str = r#"
+    my ($counter, $file, $wanted, $most) = @ARGV;
+    sub kills {
+        open(my $file, "<", $counter) or die "$counter: $!";
+        while (<$file>) { return $1 if /^oom_kill (\d+)/ }
+        die "$counter does not count";
+    }
+    open(my $out, ">", $file) or die "$file: $!";
+    my $piece = "x" x (1 << 20);
+    while (kills() < $wanted) {
+        die "nobody was killed" if $most-- == 0;
+        syswrite($out, $piece) or die "$file: $!";
+    }
+"#;
+/// Pieces of 1 MiB that it takes at most.
+const MOST: u32 = 1024;
+
+/// Names of a version's files: what may be used, what is used, and who was killed.
+type Files = [&'static str; 3];
+
+/// Where groups that limit memory can be made.
+pub(crate) fn hierarchy() -> Option<(PathBuf, Files)> {
+    let root = Path::new("/sys/fs/cgroup");
+    let first = root.join("memory");
+    if first.join("memory.limit_in_bytes").exists() {
+        return Some((first, ["memory.limit_in_bytes", "memory.usage_in_bytes", "memory.oom_control"]));
+    }
+    let given = fs::read_to_string(root.join("cgroup.subtree_control")).ok()?;
+    let has = given.split_whitespace().any(|controller| controller == "memory");
+    has.then(|| (root.to_owned(), ["memory.max", "memory.current", "memory.events"]))
+}
+
+/// A group of a test's own; the workdir removes it.
+#[derive(Debug)]
+pub struct MemoryGroup {
+    path: PathBuf,
+    files: Files,
+    /// A file system in memory.
+    place: PathBuf,
+    log: PathBuf,
+}
+
+impl MemoryGroup {
+    /// An empty one, without a limit.
+    ///
+    /// # Errors
+    ///
+    /// If there are none.
+    pub fn new(work: &Workdir) -> Result<Self> {
+        let (root, files) = hierarchy().context("no control groups that limit memory")?;
+        // Beside those of containers.
+        let parent = root.join(work.cgroup().trim_start_matches('/'));
+        let path = parent.join("memory");
+        fs::create_dir_all(&path).with_context(|| format!("making {}", path.display()))?;
+        if parent.join("cgroup.subtree_control").exists() {
+            fs::write(parent.join("cgroup.subtree_control"), "+memory").context("delegating memory")?;
+        }
+        let place = work.dir("hog")?;
+        mount("hog", &place, "tmpfs", MountFlags::empty(), None::<&CStr>)
+            .context("mounting a file system in memory")?;
+        Ok(Self { path, files, place, log: work.log("hog") })
+    }
+
+    /// Moves a process here; what it starts from now on is here as well.
+    ///
+    /// # Errors
+    ///
+    /// If it has ended.
+    pub fn take_in(&self, process: i32) -> Result<()> {
+        fs::write(self.path.join("cgroup.procs"), process.to_string()).context("moving a process into a control group")
+    }
+
+    /// From now on only so many bytes more may be used here than are used now.
+    ///
+    /// # Errors
+    ///
+    /// If the kernel refuses.
+    pub fn leave(&self, bytes: u64) -> Result<()> {
+        let [limit, usage, _] = self.files;
+        let used: u64 = fs::read_to_string(self.path.join(usage))?.trim().parse()?;
+        fs::write(self.path.join(limit), (used + bytes).to_string()).context("limiting the memory of a control group")
+    }
+
+    /// How many processes the kernel has killed here.
+    ///
+    /// # Errors
+    ///
+    /// If it does not say.
+    pub fn kills(&self) -> Result<u64> {
+        let text = fs::read_to_string(self.path.join(self.files[2]))?;
+        let count = text.lines().find_map(|line| line.strip_prefix("oom_kill ")).context("no number of kills")?;
+        Ok(count.trim().parse()?)
+    }
+
+    /// Uses memory up until the kernel has killed one more process.
+    ///
+    /// # Errors
+    ///
+    /// If it kills nobody.
+    pub fn exhaust(&self) -> Result<()> {
+        let [wanted, most] = [self.kills()? + 1, u64::from(MOST)].map(|number| number.to_string());
+        let mut command = Command::new("sh");
+        // Where a millstreamd may spare itself, the hog may do so, too.
+        let in_group = r#"echo -1000 >/proc/$$/oom_score_adj; echo $$ >"$0/cgroup.procs" && exec perl -e "$@""#;
+        let file = self.place.join("file");
+        command.args(["-c", in_group]).arg(&self.path);
+        command.arg(HOG).arg(self.path.join(self.files[2])).arg(&file).args([wanted, most]);
+        let mut hog = Process::spawn("hog", command, &self.log)?;
+        let ended = hog.await_end(DEADLINE)?;
+        fs::remove_file(&file)?;
+        ensure!(ended.success(), "nobody was killed: {}", hog.log_tail());
+        Ok(())
+    }
+}
