@@ -14,6 +14,7 @@ use crate::need::product;
 use crate::process::output;
 use crate::registry::{Registry, RegistryOptions, Tls, free_address};
 use crate::stage::CLI;
+use crate::sweep::unmount_below;
 use crate::workdir::Workdir;
 
 /// Where the far side offers the registry.
@@ -152,14 +153,16 @@ impl Rig {
         options
     }
 
-    /// Removes these directories of the workdir.
+    /// Removes these directories of the workdir, with what ended daemons left mounted there.
     ///
     /// # Errors
     ///
     /// If it refuses.
     pub fn wipe(&self, directories: &[&str]) -> Result<()> {
         for dir in directories {
-            match std::fs::remove_dir_all(self.work.path().join(dir)) {
+            let dir = self.work.path().join(dir);
+            unmount_below(&dir)?;
+            match std::fs::remove_dir_all(dir) {
                 Err(error) if error.kind() != std::io::ErrorKind::NotFound => return Err(error.into()),
                 _ => {}
             }

@@ -190,7 +190,12 @@ fn abort_fuse_below(path: &Path) {
     }
 }
 
-fn unmount_below(path: &Path) -> Result<()> {
+/// Takes away what is mounted below this directory, whoever still serves it.
+///
+/// # Errors
+///
+/// If something stays.
+pub(crate) fn unmount_below(path: &Path) -> Result<()> {
     for _ in 0..UNMOUNT_PASSES {
         let mounts = mounts_below(path)?;
         if mounts.is_empty() {
