@@ -67,7 +67,8 @@ struct Fresh {
 }
 
 fn fresh(stage: &Stage, hydration: bool) -> Fresh {
-    for dir in ["node", &ContainerdOptions::dir_name(Version::V1)] {
+    // The output of a container goes to a file that another one of the same name would go on with.
+    for dir in ["node", "pods", &ContainerdOptions::dir_name(Version::V1)] {
         let _ = std::fs::remove_dir_all(stage.work.path().join(dir));
     }
     let mut options = stage.node_options();
