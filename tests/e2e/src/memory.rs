@@ -52,10 +52,12 @@ pub(crate) fn hierarchy() -> Option<(PathBuf, Files)> {
     has.then(|| (root.to_owned(), ["memory.max", "memory.current", "memory.events"]))
 }
 
-/// A group of a test's own; the workdir removes it.
+/// A group of a test's own. Dropping it lets everybody out and removes it.
 #[derive(Debug)]
 pub struct MemoryGroup {
     path: PathBuf,
+    /// Where its processes go when it is removed.
+    root: PathBuf,
     files: Files,
     /// A file system in memory.
     place: PathBuf,
@@ -80,7 +82,7 @@ impl MemoryGroup {
         let place = work.dir("hog")?;
         mount("hog", &place, "tmpfs", MountFlags::empty(), None::<&CStr>)
             .context("mounting a file system in memory")?;
-        Ok(Self { path, files, place, log: work.log("hog") })
+        Ok(Self { path, root, files, place, log: work.log("hog") })
     }
 
     /// Moves a process here; what it starts from now on is here as well.
@@ -142,5 +144,21 @@ impl MemoryGroup {
         command.args(["-c", in_group]).arg(&self.path);
         command.arg(HOG).arg(self.path.join(self.files[2])).arg(file).args([wanted, most]);
         Process::spawn("hog", command, &self.log)
+    }
+}
+
+impl Drop for MemoryGroup {
+    fn drop(&mut self) {
+        // What is dying cannot be moved, and is gone soon.
+        let removed = eventually("the end of a control group", DEADLINE, || {
+            for process in fs::read_to_string(self.path.join("cgroup.procs")).unwrap_or_default().lines() {
+                fs::write(self.root.join("cgroup.procs"), process).ok();
+            }
+            fs::remove_dir(&self.path).ok()
+        });
+        if let Err(error) = removed {
+            // A second panic would abort and hide the first; the next run sweeps.
+            eprintln!("{}: {error:#}", self.path.display());
+        }
     }
 }
