@@ -2,18 +2,19 @@
 
 use std::ffi::CStr;
 use std::fs;
+use std::os::unix::process::ExitStatusExt as _;
 use std::path::{Path, PathBuf};
 use std::process::Command;
 use std::time::Duration;
 
-use anyhow::{Context as _, Result, ensure};
+use anyhow::{Context as _, Result, bail, ensure};
 use rustix::mount::{MountFlags, mount};
 
-use crate::process::Process;
+use crate::process::{Process, eventually};
 use crate::workdir::Workdir;
 
-/// How long the kernel may take to kill somebody.
-const DEADLINE: Duration = Duration::from_secs(60);
+/// How long the kernel may take to kill somebody: it first takes back what it can, which on a busy machine is used again at once.
+const DEADLINE: Duration = Duration::from_secs(120);
 
 /// Fills a file that lies in memory, piece by piece, until the kernel has killed as often as wanted, then ends. The memory is the
 /// group's, and no process has it: so the one that is killed is not this one but the largest.
@@ -25,14 +26,16 @@ const HOG: &str = r#"
         die "$counter does not count";
     }
     open(my $out, ">", $file) or die "$file: $!";
-    my $piece = "x" x (1 << 20);
+    my $piece = "x" x (1 << 18);
     while (kills() < $wanted) {
         die "nobody was killed" if $most-- == 0;
         syswrite($out, $piece) or die "$file: $!";
     }
 "#;
-/// Pieces of 1 MiB that it takes at most.
-const MOST: u32 = 1024;
+/// Pieces of 256 KiB that it takes at most.
+const MOST: u32 = 4 << 10;
+/// Times that another one may be killed in place of the one that is meant.
+const TURNS: usize = 5;
 
 /// Names of a version's files: what may be used, what is used, and who was killed.
 type Files = [&'static str; 3];
@@ -49,10 +52,12 @@ pub(crate) fn hierarchy() -> Option<(PathBuf, Files)> {
     has.then(|| (root.to_owned(), ["memory.max", "memory.current", "memory.events"]))
 }
 
-/// A group of a test's own; the workdir removes it.
+/// A group of a test's own. Dropping it lets everybody out and removes it.
 #[derive(Debug)]
 pub struct MemoryGroup {
     path: PathBuf,
+    /// Where its processes go when it is removed.
+    root: PathBuf,
     files: Files,
     /// A file system in memory.
     place: PathBuf,
@@ -77,7 +82,7 @@ impl MemoryGroup {
         let place = work.dir("hog")?;
         mount("hog", &place, "tmpfs", MountFlags::empty(), None::<&CStr>)
             .context("mounting a file system in memory")?;
-        Ok(Self { path, files, place, log: work.log("hog") })
+        Ok(Self { path, root, files, place, log: work.log("hog") })
     }
 
     /// Moves a process here; what it starts from now on is here as well.
@@ -101,33 +106,59 @@ impl MemoryGroup {
     }
 
     /// How many processes the kernel has killed here.
-    ///
-    /// # Errors
-    ///
-    /// If it does not say.
-    pub fn kills(&self) -> Result<u64> {
+    fn kills(&self) -> Result<u64> {
         let text = fs::read_to_string(self.path.join(self.files[2]))?;
         let count = text.lines().find_map(|line| line.strip_prefix("oom_kill ")).context("no number of kills")?;
         Ok(count.trim().parse()?)
     }
 
-    /// Uses memory up until the kernel has killed one more process.
+    /// Uses memory up until the kernel has killed this process of the group.
     ///
     /// # Errors
     ///
-    /// If it kills nobody.
-    pub fn exhaust(&self) -> Result<()> {
+    /// If it kills nobody, or others only.
+    pub fn exhaust(&self, process: i32) -> Result<()> {
+        for _ in 0..TURNS {
+            let file = self.place.join("file");
+            let mut hog = self.hog(&file)?;
+            let ended = hog.await_end(DEADLINE)?;
+            fs::remove_file(&file).ok();
+            // Where it must not spare itself it may be the one that is killed.
+            if ended.signal().is_some() {
+                continue;
+            }
+            ensure!(ended.success(), "nobody was killed: {}", hog.log_tail());
+            return eventually("the end of the process that is out of memory", DEADLINE, || {
+                let state = fs::read_to_string(format!("/proc/{process}/stat")).unwrap_or_default();
+                (state.is_empty() || state.contains(") Z ")).then_some(())
+            });
+        }
+        bail!("the wrong one was killed {TURNS} times")
+    }
+
+    fn hog(&self, file: &Path) -> Result<Process> {
         let [wanted, most] = [self.kills()? + 1, u64::from(MOST)].map(|number| number.to_string());
         let mut command = Command::new("sh");
         // Where a millstreamd may spare itself, the hog may do so, too.
         let in_group = r#"echo -1000 >/proc/$$/oom_score_adj; echo $$ >"$0/cgroup.procs" && exec perl -e "$@""#;
-        let file = self.place.join("file");
         command.args(["-c", in_group]).arg(&self.path);
-        command.arg(HOG).arg(self.path.join(self.files[2])).arg(&file).args([wanted, most]);
-        let mut hog = Process::spawn("hog", command, &self.log)?;
-        let ended = hog.await_end(DEADLINE)?;
-        fs::remove_file(&file)?;
-        ensure!(ended.success(), "nobody was killed: {}", hog.log_tail());
-        Ok(())
+        command.arg(HOG).arg(self.path.join(self.files[2])).arg(file).args([wanted, most]);
+        Process::spawn("hog", command, &self.log)
+    }
+}
+
+impl Drop for MemoryGroup {
+    fn drop(&mut self) {
+        // What is dying cannot be moved, and is gone soon.
+        let removed = eventually("the end of a control group", DEADLINE, || {
+            for process in fs::read_to_string(self.path.join("cgroup.procs")).unwrap_or_default().lines() {
+                fs::write(self.root.join("cgroup.procs"), process).ok();
+            }
+            fs::remove_dir(&self.path).ok()
+        });
+        if let Err(error) = removed {
+            // A second panic would abort and hide the first; the next run sweeps.
+            eprintln!("{}: {error:#}", self.path.display());
+        }
     }
 }

@@ -57,6 +57,8 @@ impl Scene {
         cri.start(&container).unwrap();
         let data = containerd.rootfs("k8s.io", &container.id).join("data");
         assert_eq!(std::fs::read(data.join("well")).unwrap(), b"well");
+        // Nor must what the container itself reads wait for the source.
+        std::fs::read(data.with_file_name("bin").join("busybox")).unwrap();
         Self { cri, _containerd: containerd, node, image, data, stage }
     }
 
@@ -136,7 +138,7 @@ fn a_request_in_flight_at_two_deaths_gets_eio_and_its_layer_is_set_aside() {
 }
 
 /// The kernel kills by the same signal as an operator does. What was in flight then is a suspect at once, and what an operator
-/// kills just after it has begun is none.
+/// kills just after it has begun is none. Seen to fail with a supervisor that does not look at the kernel's counter.
 #[test]
 fn a_request_that_was_in_flight_when_memory_ran_out_twice_gets_eio() {
     if !can_be_set(&[Need::MemoryGroups, Need::Program("perl")]) {
@@ -163,7 +165,7 @@ fn a_request_that_was_in_flight_when_memory_ran_out_twice_gets_eio() {
         assert!(!reader.is_finished(), "{death} deaths for want of memory are a pause");
         let before = node.workers();
         scene.stage.spoiler().unwrap().forget();
-        memory.exhaust().unwrap();
+        memory.exhaust(before[0]).unwrap();
         println!("out of memory {:?} after the request was begun", since.elapsed());
         eventually("another worker", DEADLINE, || {
             let now = node.workers();
@@ -176,5 +178,4 @@ fn a_request_that_was_in_flight_when_memory_ran_out_twice_gets_eio() {
         }
     }
     scene.assert_set_aside(reader);
-    assert_eq!(memory.kills().unwrap(), 2, "the supervisor is spared");
 }
