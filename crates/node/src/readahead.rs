@@ -58,7 +58,7 @@ impl Readahead {
         }
         let window = if narrow { NARROW } else { WIDE };
         if let Err(error) = write(file, window) {
-            debug!(%error, window, "the window of reads around a touch is not changed");
+            debug!(%error, "the window of reads around a touch is not {window} KiB");
         }
     }
 

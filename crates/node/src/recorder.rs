@@ -231,13 +231,16 @@ mod tests {
         assert_eq!(begun.elapsed(), QUIET / 2 * 3 + QUIET);
 
         let (running, begun) = (recorder.begin(vec![layer(2)]).unwrap(), Instant::now());
-        let over = tokio::spawn(running.over());
+        let over = tokio::spawn(async move {
+            running.over().await;
+            begun.elapsed()
+        });
         while !over.is_finished() {
             tokio::time::sleep(Duration::from_secs(1)).await;
             let page = begun.elapsed().as_secs();
             recorder.touch(2, pages(page, page + 1));
         }
-        assert_eq!(begun.elapsed(), LONGEST);
+        assert_eq!(over.await.unwrap(), LONGEST);
         assert_eq!(recorder.0.active.load(Ordering::Relaxed), 0);
     }
 

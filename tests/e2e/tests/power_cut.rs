@@ -7,6 +7,7 @@
 
 use std::collections::{BTreeMap, BTreeSet, HashMap};
 use std::path::Path;
+use std::sync::atomic::{AtomicBool, Ordering};
 use std::thread;
 use std::time::{Duration, Instant, SystemTime, UNIX_EPOCH};
 
@@ -281,8 +282,21 @@ impl Told {
         there.into_iter().any(|other| self.parents.get(other).is_some_and(|parent| parent == name))
     }
 
-    /// One random call; `None` when it was not answered well.
-    fn step(&mut self, caller: &Caller, random: &mut Random, images: &[Pushed]) -> Option<()> {
+    /// One random call; `None` when it was not answered well. An answer that comes once the disk is being cut off is none: nobody
+    /// hears of anything after a power cut, and ext4 says that it has synced what it has not while it is being shut down.
+    fn step(&mut self, caller: &Caller, random: &mut Random, images: &[Pushed], cut: &AtomicBool) -> Option<()> {
+        let before = (self.active.clone(), self.committed.clone(), self.tops.clone());
+        self.call(caller, random, images)?;
+        if cut.load(Ordering::SeqCst) {
+            // What it was about stays open.
+            (self.active, self.committed, self.tops) = before;
+            return None;
+        }
+        self.open.clear();
+        Some(())
+    }
+
+    fn call(&mut self, caller: &Caller, random: &mut Random, images: &[Pushed]) -> Option<()> {
         self.next += 1;
         let new = format!("k{}", self.next);
         match random.below(10) {
@@ -317,7 +331,6 @@ impl Told {
                 self.committed.insert(top);
             }
         }
-        self.open.clear();
         Some(())
     }
 }
@@ -331,14 +344,16 @@ fn cut_in_commit(kind: FileSystem, rounds: usize) {
         let (caller, images) = (bench.caller(), bench.images.clone());
         let mut random = Random(bench.random.below(u64::MAX) | 1);
         let before = told.next;
+        let cut = AtomicBool::new(false);
         told = thread::scope(|scope| {
             let calling = scope.spawn(|| {
                 let mut told = told;
                 let limit = told.next + 2000;
-                while told.next < limit && told.step(&caller, &mut random, &images).is_some() {}
+                while told.next < limit && told.step(&caller, &mut random, &images, &cut).is_some() {}
                 told
             });
             let_pass(moment);
+            cut.store(true, Ordering::SeqCst);
             bench.disk.cut().unwrap();
             // Calls that wait for the disk end with the daemon.
             bench.node.crash_wholly().unwrap();

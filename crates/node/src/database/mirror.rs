@@ -44,11 +44,12 @@ impl Mirror {
         self.second.lock().unwrap_or_else(PoisonError::into_inner)
     }
 
-    /// Does to the copy what was done to the first file. A copy that missed a change is none any more.
-    fn follow(&self, change: impl FnOnce(&FileBackend) -> io::Result<()>) {
+    /// Does to the copy what was done to the first file; `false` if that failed. A copy that missed a change is none any more.
+    fn follow(&self, change: impl FnOnce(&FileBackend) -> io::Result<()>) -> bool {
         let mut second = self.second();
-        let Some(copy) = second.as_ref() else { return };
-        if let Err(error) = change(copy) {
+        let Some(copy) = second.as_ref() else { return true };
+        let changed = change(copy);
+        if let Err(error) = &changed {
             *second = None;
             let removed = std::fs::remove_file(&self.second_path);
             error!(%error, file = %self.second_path.display(), "the copy of the database cannot be written; it goes on without");
@@ -56,6 +57,7 @@ impl Mirror {
                 error!(%error, file = %self.second_path.display(), "the old copy of the database stays");
             }
         }
+        changed.is_ok()
     }
 }
 
@@ -84,11 +86,13 @@ impl StorageBackend for Mirror {
         // Side by side: on most file systems both wait for the same commit of the journal.
         thread::scope(|scope| {
             let first = thread::Builder::new().spawn_scoped(scope, || self.first.sync_data());
-            self.follow(FileBackend::sync_data);
+            let followed = self.follow(FileBackend::sync_data);
             match first {
-                Ok(first) => first.join().unwrap_or_else(|panic| std::panic::resume_unwind(panic)),
-                Err(_) => self.first.sync_data(),
+                Ok(first) => first.join().unwrap_or_else(|panic| std::panic::resume_unwind(panic))?,
+                Err(_) => self.first.sync_data()?,
             }
+            // A file system that is being shut down may have said of one file that it is synced, and the truth of the other.
+            if followed { Ok(()) } else { self.first.sync_data() }
         })
     }
 

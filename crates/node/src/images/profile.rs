@@ -5,7 +5,7 @@ use std::sync::Arc;
 use millstream_chunkstore::LayerState;
 use millstream_oci::Digest;
 use millstream_prefetch::AskedProfile;
-use millstream_profile::{ProfileLayer, Recording};
+use millstream_profile::{PAGE_SIZE, ProfileLayer, Recording};
 use millstream_source::{ErrorKind, SourceError, names};
 use tokio_util::task::AbortOnDropHandle;
 use tracing::{debug, warn};
@@ -73,9 +73,9 @@ impl NodeImages {
         };
         for origin in origins {
             let Some(profiles) = origin.profiles() else { continue };
-            let (pages, runs) = (recording.read.pages(), recording.read.runs.len());
+            let bytes = recording.read.pages() * PAGE_SIZE;
             match profiles.record(&recording).await {
-                Ok(()) => debug!({ names::IMAGE } = origin.image, pages, runs, "the server was told what a start read"),
+                Ok(()) => debug!({ names::IMAGE } = origin.image, bytes, "the server was told what a start read"),
                 // It was never told of the image, or is of an earlier release.
                 Err(error) if matches!(error.kind, ErrorKind::NotImported | ErrorKind::NotFound) => {
                     debug!({ names::IMAGE } = origin.image, %error, "the server does not want to know what a start read");
