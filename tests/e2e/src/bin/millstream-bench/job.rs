@@ -16,7 +16,7 @@ use millstream_e2e::watch::Requests;
 use crate::images::{Ready, question};
 use crate::matrix::{Job, Link};
 use crate::memory::Sampler;
-use crate::peers::{DIRECTORY, Daemon, Subject};
+use crate::peers::{DIRECTORY, Daemon, Known, Subject};
 use crate::rows::Values;
 use crate::{files, memory, processor};
 
@@ -99,6 +99,7 @@ impl At<'_> {
             .await_answer(port, started + READY)
             .with_context(|| self.cri.output(&container).unwrap_or_default())?;
         values.ready_s = Some(started.elapsed().as_secs_f64());
+        self.check_profile()?;
         self.note_ready(&mut values, &before)?;
         if matches!(job, Job::Local | Job::Files) {
             self.await_local(&mut values, started, &before)?;
@@ -126,6 +127,15 @@ impl At<'_> {
             "the pull was to be lazy, and the whole image came with it; the end of the daemon's log:\n{}",
             tail(&log, 20)
         );
+        Ok(())
+    }
+
+    /// A start that was to have a profile, and had none, would be measured as something else.
+    fn check_profile(&self) -> Result<()> {
+        let Subject::Millstream { known: Known::Profile, .. } = self.subject else { return Ok(()) };
+        let Some(node) = self.daemon.node() else { return Ok(()) };
+        let pages = node.status()?.transfer.unwrap_or_default().profile_bytes;
+        ensure!(pages > 0, "the server had no pages of a profile for this start");
         Ok(())
     }
 

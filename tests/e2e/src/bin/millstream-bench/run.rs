@@ -218,8 +218,10 @@ impl Standing {
         }
         if profile && self.known.insert((image.name.clone(), true)) {
             // On another node: its state is wiped afterwards.
-            let first = Subject::Millstream { version, known: Known::Indexed, hydration: false };
-            job::run(&mut self.rig, image, Link::Fast, first, Job::Start)
+            // Until all of it is local, which is longer than a node takes to see that the start is over and to tell the server,
+            // and the server to put the pages together. A start that had no profile is not counted as one that had.
+            let first = Subject::Millstream { version, known: Known::Indexed, hydration: true };
+            job::run(&mut self.rig, image, Link::Fast, first, Job::Local)
                 .with_context(|| format!("the first start of {}, for its profile", image.name))?;
             say(format_args!("{}: started once on another node", image.name));
         }
