@@ -49,6 +49,8 @@ pub struct NodeOptions {
     pub containerd: Option<PathBuf>,
     /// Whether images are made local in the background.
     pub hydration: bool,
+    /// Whether it learns what starts of images read, and uses what is known.
+    pub profiles: bool,
     /// How long a read may wait for its bytes.
     pub read_deadline: Duration,
     /// Further tables of the settings, as they stand in the file.
@@ -69,6 +71,7 @@ impl NodeOptions {
             docker_config: None,
             containerd: None,
             hydration: true,
+            profiles: true,
             read_deadline: Duration::from_secs(60),
             more: String::new(),
             metrics: None,
@@ -468,6 +471,7 @@ fn node_settings(dir: &Path, options: &NodeOptions) -> Result<String> {
     writeln!(text, "\n[containerd]\naddress = {:?}", options.containerd.as_deref().unwrap_or(Path::new("")))?;
     let deadline = options.read_deadline.as_millis();
     writeln!(text, "\n[fetch]\nhydration = {}\nread_deadline = \"{deadline}ms\"", options.hydration)?;
+    writeln!(text, "profiles = {}", options.profiles)?;
     if let Some(address) = options.metrics {
         writeln!(text, "\n[metrics]\nlisten = \"{address}\"")?;
     }

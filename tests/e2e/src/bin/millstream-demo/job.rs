@@ -5,7 +5,7 @@ use std::time::{Duration, Instant};
 use anyhow::{Context as _, Result, ensure};
 use millstream_e2e::containerd::{Containerd, ContainerdOptions, Snapshotter, Version};
 use millstream_e2e::cri::{ContainerSpec, Cri, Pod};
-use millstream_e2e::daemons::Node;
+use millstream_e2e::daemons::{Node, NodeOptions};
 use millstream_e2e::process::eventually;
 use millstream_e2e::registry::free_address;
 use millstream_e2e::rig::{Rig, drop_caches};
@@ -28,6 +28,8 @@ pub(crate) enum Kind {
     Millstream,
     /// Millstream, background downloads held back.
     Demand,
+    /// Millstream, after a start of the image on another node.
+    Profile,
     /// overlayfs on containerd 2.x.
     Overlayfs2,
     /// Millstream on containerd 2.x.
@@ -36,7 +38,7 @@ pub(crate) enum Kind {
 
 impl Kind {
     /// What `make demo` does, with Debian's containerd 1.6.
-    pub(crate) const DEMO: [Self; 3] = [Self::Overlayfs, Self::Millstream, Self::Demand];
+    pub(crate) const DEMO: [Self; 4] = [Self::Overlayfs, Self::Millstream, Self::Demand, Self::Profile];
     /// What `make bench` does besides, with a containerd 2.x.
     pub(crate) const BENCH: [Self; 2] = [Self::Overlayfs2, Self::Millstream2];
 
@@ -45,6 +47,7 @@ impl Kind {
             Self::Overlayfs => "overlayfs",
             Self::Millstream => "Millstream",
             Self::Demand => "Millstream, no background download",
+            Self::Profile => "Millstream, the next node",
             Self::Overlayfs2 => "overlayfs, containerd 2",
             Self::Millstream2 => "Millstream, containerd 2",
         }
@@ -52,7 +55,7 @@ impl Kind {
 
     fn version(self) -> Version {
         match self {
-            Self::Overlayfs | Self::Millstream | Self::Demand => Version::V1,
+            Self::Overlayfs | Self::Millstream | Self::Demand | Self::Profile => Version::V1,
             Self::Overlayfs2 | Self::Millstream2 => Version::V2,
         }
     }
@@ -61,9 +64,14 @@ impl Kind {
     fn hydration(self) -> Option<bool> {
         match self {
             Self::Overlayfs | Self::Overlayfs2 => None,
-            Self::Millstream | Self::Millstream2 => Some(true),
+            Self::Millstream | Self::Millstream2 | Self::Profile => Some(true),
             Self::Demand => Some(false),
         }
+    }
+
+    /// Whether what earlier starts read is known, and this one is told of.
+    fn has_profile(self) -> bool {
+        self == Self::Profile
     }
 }
 
@@ -86,7 +94,9 @@ pub(crate) struct Measured {
 pub(crate) fn run(rig: &Rig, kind: Kind) -> Result<Measured> {
     say(format_args!("{}: pull, run, wait for the first answer", kind.name()));
     rig.wipe(&["containerd1", "containerd2", "node", "pods"])?;
-    let mut node = kind.hydration().map(|hydration| Node::start(&rig.work, &rig.node(hydration))).transpose()?;
+    let start =
+        |hydration| Node::start(&rig.work, &NodeOptions { profiles: kind.has_profile(), ..rig.node(hydration) });
+    let mut node = kind.hydration().map(start).transpose()?;
     let options = ContainerdOptions {
         version: kind.version(),
         snapshotter: node.as_ref().map_or(Snapshotter::Overlayfs, Node::snapshotter),

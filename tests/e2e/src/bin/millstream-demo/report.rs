@@ -85,12 +85,14 @@ impl Results {
         let _ = write!(
             text,
             "\ntime to answer, Millstream / overlayfs                {:.2}\n\
+             the same on the next node                            {:.2}\n\
              time to answer with / without background download    {:.2}\n\
              needed for the answer                                {:.1} MB, {:.0} % of the image\n\
              requests to the registry during the pull             {:.0} of containerd, {ours:.0} of Millstream\n\
              (and 1 of Millstream to its server, side by side)\n\
              whole image local and verified                       after {:.1} s: {}\n",
             lazy / overlay,
+            self.seconds(Kind::Profile, |job| job.ready) / overlay,
             lazy / demand,
             demanded / 1e6,
             100.0 * demanded / self.image_bytes as f64,
@@ -120,6 +122,7 @@ impl Results {
             "import_s": self.import.as_secs_f64(),
             "overlayfs": common(Kind::Overlayfs),
             "millstream": lazy,
+            "millstream_next_node": common(Kind::Profile),
         });
         if self.jobs.contains_key(&Kind::Overlayfs2) {
             summary["overlayfs_containerd2"] = common(Kind::Overlayfs2);
