@@ -21,6 +21,7 @@ pub mod line;
 pub mod lookup;
 pub mod lost_mounts;
 pub mod make_local;
+mod memory;
 pub mod metrics;
 pub mod mount_keeper;
 mod oom;

@@ -27,6 +27,7 @@ fn main() -> std::process::ExitCode {
 }
 
 fn run() -> anyhow::Result<()> {
+    millstream_sys::heap::keep_little();
     let arguments = NodeArguments::parse();
     if matches!(arguments.command, Some(NodeCommand::Worker)) {
         return work();

@@ -380,7 +380,7 @@ mod tests {
         let db = Arc::new(Database::create(root.join("db")).unwrap());
         let store = Arc::new(Store::open(root, Arc::clone(&db), StoreOptions::default()).unwrap());
         let runtime = tokio::runtime::Handle::current();
-        let fetcher = Fetcher::new(Arc::clone(&store), FetchOptions::default(), Arc::new(Reporter), runtime);
+        let fetcher = Fetcher::new(Arc::clone(&store), FetchOptions::default(), Arc::new(Reporter::default()), runtime);
         let views =
             Arc::new(Views::new(Arc::clone(&store), Arc::new(LayerFs::new()), root.join("m"), Damages::default()));
         // The first test of this process that needs it installs it.

@@ -16,8 +16,10 @@ use tracing::debug;
 
 use crate::mount_keeper::device_of;
 
-/// KiB while layers are lazy.
-const NARROW: u32 = 16;
+/// KiB while layers are lazy: one page. A `read(2)` of more is one request all the same, since the kernel's other bound, of what is
+/// read at a time, stays as it is. Seen with 16 KiB (DokuWiki's first page, 100 Mbit/s): 13.6 MB and 1.30 s until it is there,
+/// instead of 9.5 MB and 1.00 s.
+const NARROW: u32 = 4;
 /// KiB once none is: the kernel's own default.
 const WIDE: u32 = 128;
 /// How often it is looked whether layers became local.

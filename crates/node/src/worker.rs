@@ -42,6 +42,7 @@ use crate::index::Indexer;
 use crate::line::{Line, Report, Start};
 use crate::lookup::Lookup;
 use crate::lost_mounts::LostMounts;
+use crate::memory;
 use crate::metrics::NodeMetrics;
 use crate::mount_keeper::MountKeeper;
 use crate::origin::Origins;
@@ -187,9 +188,13 @@ async fn work(settings: &Settings, inherited: Inheritance) -> anyhow::Result<()>
         read_deadline: settings.fetch.read_deadline,
         idle_timeout,
         share: settings.fetch.sharing,
+        // Inflating is what takes a processor; more at once would only take memory.
+        hydrations: std::thread::available_parallelism().map_or(1, |processors| processors.get().min(2)),
         ..FetchOptions::default()
     };
-    let fetcher = Fetcher::new(Arc::clone(&store), fetch, Arc::new(Reporter), tokio::runtime::Handle::current());
+    let reporter = Reporter::default();
+    tokio::spawn(memory::give_back(Arc::clone(&reporter.done)));
+    let fetcher = Fetcher::new(Arc::clone(&store), fetch, Arc::new(reporter), tokio::runtime::Handle::current());
     fetcher.set_hydration(settings.fetch.hydration);
     let layerfs = Arc::new(LayerFs::new());
     let views = Arc::new(Views::new(Arc::clone(&store), Arc::clone(&layerfs), mountpoint(settings), damages));

@@ -1,5 +1,6 @@
 //! The supervisor's loop: a worker, whenever there is none, and another program for it, when that is asked for.
 
+use std::cell::Cell;
 use std::io;
 use std::os::fd::{AsFd, BorrowedFd};
 use std::os::unix::net::UnixListener;
@@ -74,6 +75,8 @@ pub struct Workers<'a> {
     oom_kills: Option<u64>,
     /// How long the last worker took to serve after it might open the store.
     took: Duration,
+    /// A SIGHUP has come that nobody has answered yet.
+    reload: Cell<bool>,
 }
 
 /// A worker and our end of the line to it.
@@ -116,7 +119,16 @@ impl<'a> Workers<'a> {
     /// Workers are of `current` until an upgrade.
     #[must_use]
     pub(crate) const fn new(kept: Kept<'a>, mounting: Mounting, current: Version) -> Self {
-        Self { kept, mounting, current, answer: None, restarts: 0, oom_kills: None, took: Duration::ZERO }
+        Self {
+            kept,
+            mounting,
+            current,
+            answer: None,
+            restarts: 0,
+            oom_kills: None,
+            took: Duration::ZERO,
+            reload: Cell::new(false),
+        }
     }
 
     /// Runs until SIGTERM or SIGINT.
@@ -237,12 +249,12 @@ impl<'a> Workers<'a> {
                 return Ok(Ended::Died);
             }
             let others: Vec<BorrowedFd<'_>> = self.kept.requests.iter().map(|requests| requests.as_fd()).collect();
-            let signal = self.kept.signals.wait_or(&others, POLL)?;
-            if asked_to_stop(signal) {
+            let wait = if self.reload.get() { Duration::ZERO } else { POLL };
+            if self.asked_to_stop(self.kept.signals.wait_or(&others, wait)?) {
                 self.stop(worker, WORKER_PATIENCE)?;
                 return Ok(Ended::Asked);
             }
-            let reload = signal == Some(Signal::HUP.as_raw());
+            let reload = self.reload.take();
             let request = self.kept.requests.and_then(Requests::next);
             if !reload && request.is_none() {
                 continue;
@@ -368,7 +380,7 @@ impl<'a> Workers<'a> {
             if left.is_zero() {
                 return Ok(Err(Obstacle::Failed(format!("the worker does not get ready within {patience:?}"))));
             }
-            if asked_to_stop(self.kept.signals.wait_or(&[worker.line.as_fd()], left.min(POLL))?) {
+            if self.asked_to_stop(self.kept.signals.wait_or(&[worker.line.as_fd()], left.min(POLL))?) {
                 return Ok(Err(Obstacle::Asked));
             }
         }
@@ -399,9 +411,17 @@ impl<'a> Workers<'a> {
                 end(worker)?;
                 break;
             }
-            asked |= asked_to_stop(self.kept.signals.wait(left.min(POLL))?);
+            asked |= self.asked_to_stop(self.kept.signals.wait(left.min(POLL))?);
         }
         Ok(asked)
+    }
+
+    /// Whether `signal` says to stop. One that says to reload is kept until there is a worker to replace.
+    fn asked_to_stop(&self, signal: Option<i32>) -> bool {
+        if signal == Some(Signal::HUP.as_raw()) {
+            self.reload.set(true);
+        }
+        asked_to_stop(signal)
     }
 
     /// Sleeps for `pause`; `false` when a signal asked us to stop meanwhile.
@@ -412,7 +432,7 @@ impl<'a> Workers<'a> {
             if left.is_zero() {
                 return Ok(true);
             }
-            if asked_to_stop(self.kept.signals.wait(left)?) {
+            if self.asked_to_stop(self.kept.signals.wait(left)?) {
                 return Ok(false);
             }
         }

@@ -161,8 +161,12 @@ impl Fetcher {
         result
     }
 
-    /// Starts fetching what will probably be read after `range`. Nobody waits for it, and a full queue drops it.
+    /// Starts fetching what will probably be read after `range`. Nobody waits for it, and a full queue drops it. While a startup
+    /// profile is replayed, what is read next is known better, and the line has enough to carry.
     fn read_around(&self, attached: &Arc<Attached>, range: DataRange) {
+        if !attached.replays().is_empty() {
+            return;
+        }
         let options = &self.shared.options;
         let toc = attached.layer.toc();
         let content = toc.chunks_in(range).ok().and_then(|chunks| toc.content_of_chunk(chunks.first()?.ix).ok());

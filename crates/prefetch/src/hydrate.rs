@@ -8,7 +8,6 @@ use std::time::Duration;
 use futures::StreamExt;
 use millstream_chunkstore::{Layer, LayerState, Refusal};
 use millstream_source::{ErrorKind, SourceError, names};
-use millstream_toc::BlobRange;
 use tokio::sync::{mpsc, watch};
 
 use crate::attached::Attached;
@@ -16,6 +15,7 @@ use crate::background::at_low_priority;
 use crate::deliver::store_failed;
 use crate::fetcher::Shared;
 use crate::part::Pass;
+use crate::parts;
 use crate::rebuild::{Verdict, rebuild};
 use crate::skeleton::{self, Outcome};
 
@@ -268,7 +268,6 @@ impl Hydration {
         match verdict {
             Ok(()) => {
                 attached.hydration.set(HydrationState::Verified);
-                tracing::info!({ names::LAYER } = %layer, "layer is local and verified");
                 self.shared.events.verified(&layer);
             }
             Err(Failure::Quarantine(reason)) => {
@@ -406,9 +405,7 @@ impl Drop for Turn {
 /// Fetches the parts, a few at once, and hands them on in order. Ends early when the builder takes no more.
 async fn feed(pass: &Pass<'_>, sender: mpsc::Sender<bytes::Bytes>) -> Result<(), SourceError> {
     let options = &pass.shared.options;
-    let (size, step) = (pass.attached.layer.toc().blob_size(), options.part_size.max(1));
-    let ranges =
-        (0..size.div_ceil(step)).map(|part| BlobRange::new(part * step, size.min((part + 1).saturating_mul(step))));
+    let ranges = parts::of_blob(pass.attached.layer.toc().blob_size(), options.part_size);
     let mut parts = std::pin::pin!(
         futures::stream::iter(ranges).map(|range| pass.part(range)).buffered(options.parts_in_flight.max(1))
     );

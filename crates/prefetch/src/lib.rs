@@ -19,6 +19,7 @@ mod lru;
 mod options;
 mod pace;
 mod part;
+pub mod parts;
 pub mod plan;
 pub mod queue;
 mod rebuild;

@@ -94,9 +94,11 @@ pub struct FetchOptions {
     pub share_patience: Duration,
     /// Layers hydrated at once.
     pub hydrations: usize,
-    /// Compressed bytes of one hydration request: what is under way cannot be taken back when a reader comes.
+    /// Compressed bytes of one hydration request at most: what is under way cannot be taken back when a reader comes.
     pub part_size: u64,
-    /// Parts of one layer that are fetched at once. `part_size * (parts_in_flight + 2)` bounds the memory of a hydration.
+    /// Parts of one layer that may be under way, wait or be there before the one that comes first in order. Several times as many
+    /// as run at once, since connections do not share a line evenly: what has to wait for a slow one would begin all at once
+    /// when that is through. `part_size * (parts_in_flight + 2)` bounds the memory of a hydration.
     pub parts_in_flight: usize,
     /// Sources kept for one layer; the oldest go first.
     pub sources: usize,
@@ -124,7 +126,7 @@ impl Default for FetchOptions {
             near: 8,
             near_fetched: 2,
             slots: 8,
-            hydrate_slots: 4,
+            hydrate_slots: 6,
             settle: Duration::from_millis(300),
             demand_queue: 4096,
             prefetch_queue: 256,
@@ -140,7 +142,7 @@ impl Default for FetchOptions {
             share_patience: Duration::from_millis(200),
             hydrations: 1,
             part_size: 512 * 1024,
-            parts_in_flight: 8,
+            parts_in_flight: 16,
             sources: 4,
             budget: Budget::default(),
             jitter: Arc::new(RandomJitter::default()),

@@ -50,6 +50,8 @@ pub struct Scheduler {
     /// Streams outside of the slots that readers are about to need.
     foreground: usize,
     last_hydrate: Duration,
+    /// Since when hydration waits at all.
+    hydrate_waits: Option<Duration>,
     /// A reader was served since the last look at the clock.
     demand_served: bool,
     /// When the last demand will have settled.
@@ -78,6 +80,7 @@ impl Scheduler {
             silent: HashSet::new(),
             foreground: 0,
             last_hydrate: Duration::ZERO,
+            hydrate_waits: None,
             demand_served: false,
             settled: Duration::ZERO,
         }
@@ -138,6 +141,11 @@ impl Scheduler {
         if std::mem::take(&mut self.demand_served) {
             self.settled = now.saturating_add(self.limits.settle);
         }
+        if self.waiting[class(Priority::Hydrate)].is_empty() {
+            self.hydrate_waits = None;
+        } else {
+            self.hydrate_waits.get_or_insert(now);
+        }
         let free = self.limits.slots.saturating_sub(self.running.len());
         // The last free slot may go to an overdue hydration only while demand has others: one is always kept for demand.
         let demand_elsewhere = self.count(Priority::Demand) > 0;
@@ -176,9 +184,13 @@ impl Scheduler {
     }
 
     fn hydrate_overdue(&self, now: Duration) -> bool {
-        now.saturating_sub(self.last_hydrate) >= self.limits.starvation
-            && !self.waiting[class(Priority::Hydrate)].is_empty()
-            && self.count(Priority::Hydrate) == 0
+        self.hydrate_due().is_some_and(|due| now >= due) && self.count(Priority::Hydrate) == 0
+    }
+
+    /// When hydration that demand keeps waiting starts its next request all the same. One that has only begun to wait is not due
+    /// yet: a start is what it most often begins with.
+    fn hydrate_due(&self) -> Option<Duration> {
+        Some(self.last_hydrate.max(self.hydrate_waits?).saturating_add(self.limits.starvation))
     }
 
     /// Whether a reader's request waits for a slot, or runs and something comes of it, or what readers are about to need comes by
@@ -209,10 +221,7 @@ impl Scheduler {
     /// overdue, or demand has settled.
     #[must_use]
     pub fn next_due(&self, now: Duration) -> Option<Duration> {
-        if self.waiting[class(Priority::Hydrate)].is_empty() {
-            return None;
-        }
-        let overdue = self.last_hydrate.saturating_add(self.limits.starvation);
+        let overdue = self.hydrate_due()?;
         [overdue, self.settled].into_iter().filter(|due| *due > now).min()
     }
 
@@ -284,8 +293,8 @@ mod tests {
     fn hydration_waits_until_demand_has_settled() {
         let mut s = scheduler(4);
         let demand = s.submit(Demand, 0).unwrap();
-        assert_eq!(drain(&mut s, 10 * SECOND), [demand]);
         let first = s.submit(Hydrate, 0).unwrap();
+        assert_eq!(drain(&mut s, 9 * SECOND), [demand], "it has only begun to wait");
         assert_eq!(drain(&mut s, 10 * SECOND), [first], "overdue");
         let (second, third) = (s.submit(Hydrate, 0).unwrap(), s.submit(Hydrate, 0).unwrap());
         s.finish(demand, true);
@@ -304,8 +313,8 @@ mod tests {
         let now = 10 * SECOND;
         // One whose source says nothing, for as long as it says nothing.
         let demand = s.submit(Demand, 0).unwrap();
-        assert_eq!(drain(&mut s, now), [demand]);
         let overdue = s.submit(Hydrate, 0).unwrap();
+        assert_eq!(drain(&mut s, now - SECOND), [demand]);
         assert_eq!(drain(&mut s, now), [overdue]);
         let second = s.submit(Hydrate, 0).unwrap();
         assert_eq!(drain(&mut s, now), []);

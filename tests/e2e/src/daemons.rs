@@ -57,6 +57,8 @@ pub struct NodeOptions {
     pub more: String,
     /// Where its metrics are shown, if anywhere.
     pub metrics: Option<SocketAddr>,
+    /// Filter of its log.
+    pub log_level: &'static str,
     /// What it finds in the place of `/etc/resolv.conf`, if not that. Its mount is then to be seen below [`Node::sees`] only.
     pub resolv_conf: Option<PathBuf>,
 }
@@ -75,6 +77,7 @@ impl NodeOptions {
             read_deadline: Duration::from_secs(60),
             more: String::new(),
             metrics: None,
+            log_level: "debug,h2=info,hyper=info,tonic=info,tower=info",
             resolv_conf: None,
         }
     }
@@ -475,7 +478,7 @@ fn node_settings(dir: &Path, options: &NodeOptions) -> Result<String> {
     if let Some(address) = options.metrics {
         writeln!(text, "\n[metrics]\nlisten = \"{address}\"")?;
     }
-    text.push_str("\n[log]\nlevel = \"debug,h2=info,hyper=info,tonic=info,tower=info\"\n");
+    writeln!(text, "\n[log]\nlevel = {:?}", options.log_level)?;
     text.push_str(&options.more);
     Ok(text)
 }

@@ -94,8 +94,12 @@ fn exchange(duration: Duration) {
         std::fs::write(busy.node.config(), settings.replace("root = ", "root = \"/elsewhere\" # ")).unwrap();
         refused_by_socket(&busy, "root is ");
         let worker = busy.worker().unwrap();
+        let before = failed_upgrades(&busy);
         let (_, gone) = busy.kill(worker, Signal::KILL).unwrap();
+        // Asked for while there is no worker, a reload waits for the next one.
+        hang_up(&busy);
         busy.await_read(gone).unwrap();
+        eventually("the reload", DEADLINE, || (failed_upgrades(&busy) > before).then_some(())).unwrap();
         std::fs::write(busy.node.config(), &settings).unwrap();
 
         // One that fails when it is too late to refuse: back to what was.
@@ -138,11 +142,18 @@ fn refused_by_socket(busy: &Busy, expected: &str) {
 /// SIGHUP, as `systemctl reload` without a command of ours would send it; the settings are broken, so nothing changes.
 fn reload_by_signal(busy: &Busy) {
     let worker = busy.worker().unwrap();
-    let tried = || std::fs::read_to_string(busy.node.log()).unwrap_or_default().matches("no upgrade").count();
-    let before = tried();
-    kill_process(Pid::from_raw(busy.node.supervisor().unwrap()).unwrap(), Signal::HUP).unwrap();
-    eventually("the reload", DEADLINE, || (tried() > before).then_some(())).unwrap();
+    let before = failed_upgrades(busy);
+    hang_up(busy);
+    eventually("the reload", DEADLINE, || (failed_upgrades(busy) > before).then_some(())).unwrap();
     assert_eq!(busy.worker().unwrap(), worker);
+}
+
+fn hang_up(busy: &Busy) {
+    kill_process(Pid::from_raw(busy.node.supervisor().unwrap()).unwrap(), Signal::HUP).unwrap();
+}
+
+fn failed_upgrades(busy: &Busy) -> usize {
+    std::fs::read_to_string(busy.node.log()).unwrap_or_default().matches("no upgrade").count()
 }
 
 #[test]

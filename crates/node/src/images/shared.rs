@@ -8,6 +8,7 @@ use millstream_oci::{ChainId, Digest};
 use millstream_prefetch::FetchEvents;
 use millstream_snapshots::{LazyImages, PrepareOutcome, PrepareRequest, Usage, ViewFailure};
 use millstream_source::{SourceError, names};
+use tokio::sync::Notify;
 use tracing::{error, info, warn};
 
 use super::{NodeImages, failed};
@@ -66,12 +67,16 @@ impl LazyImages for SharedImages {
 }
 
 /// Tells people what the fetcher found out.
-#[derive(Debug)]
-pub struct Reporter;
+#[derive(Debug, Default)]
+pub struct Reporter {
+    /// Whom to tell that something large is done.
+    pub done: Arc<Notify>,
+}
 
 impl FetchEvents for Reporter {
     fn verified(&self, layer: &Digest) {
         info!({ names::LAYER } = %layer, "layer is wholly local: diff ID and TOC are proven");
+        self.done.notify_one();
     }
 
     fn quarantined(&self, layer: &Digest, reason: &str) {

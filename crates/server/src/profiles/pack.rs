@@ -22,7 +22,7 @@ use crate::content::{Content, blocking, toc_error};
 use crate::{ServeError, StoreError};
 
 /// It is made once and sent often.
-const LEVEL: i32 = 9;
+const LEVEL: i32 = 15;
 /// History of the stream as a power of two, 4 MiB; nodes take up to 8 MiB.
 const WINDOW_LOG: u32 = 22;
 /// Bytes of the data address space that are read at a time. More only where one span has more.

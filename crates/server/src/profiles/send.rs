@@ -16,10 +16,10 @@ use crate::blob::{ChannelReader, channel};
 use crate::content::blocking;
 use crate::store::Pieces;
 
-/// Bytes of one message.
-const MESSAGE: usize = 1 << 20;
+/// Bytes of one message, none of which is of use to the caller before all of it is there: at 100 Mbit/s that takes 5 ms.
+const MESSAGE: usize = 64 << 10;
 /// Messages between the compressor and the caller.
-const QUEUE: usize = 4;
+const QUEUE: usize = 16;
 /// Fast: a caller waits for it.
 const LEVEL: i32 = 1;
 /// Bytes that are copied from one stream to the other at a time.

@@ -1,7 +1,6 @@
 //! One run: from nothing to the first answer, and beyond where that is asked.
 
 use std::collections::BTreeMap;
-use std::net::SocketAddr;
 use std::time::{Duration, Instant};
 
 use anyhow::{Context as _, Result, ensure};
@@ -22,6 +21,10 @@ use crate::{files, memory, processor};
 
 const READY: Duration = Duration::from_secs(300);
 const LOCAL: Duration = Duration::from_secs(900);
+/// Between two looks whether everything is local.
+const LOOK: Duration = Duration::from_millis(100);
+/// What millstreamd fetches bytes for, as its metrics call it.
+const PURPOSES: [&str; 6] = ["demand", "prefetch", "hydrate", "profile", "content", "table"];
 /// Directories of all state of everybody who is measured.
 const STATE: [&str; 5] = ["containerd1", "containerd2", "node", DIRECTORY, "pods"];
 
@@ -77,6 +80,7 @@ impl At<'_> {
             image_bytes: self.image.size(),
             decompressor: self.subject.decompressor(),
             floor_s: self.image.working_set.as_ref().map(|set| set.floor(self.link)),
+            bytes_needed: self.image.working_set.as_ref().map(|set| set.compressed),
             ..Values::default()
         };
         let idle = memory::of(&self.daemon.processes());
@@ -158,16 +162,26 @@ impl At<'_> {
         values.bytes_until_ready = Some(now.received - before.received);
         values.requests = Some(now.turns - before.turns);
         values.daemon_cpu_s = Some(now.cpu - before.cpu);
-        values.bytes_demanded = self.daemon.node().and_then(|node| node.metrics()).and_then(demanded);
+        if let Some(address) = self.daemon.node().and_then(|node| node.metrics()) {
+            values.note_fetched(&metrics_page(address)?);
+        }
         values.containerd_requests = Some(of_containerd(&now.registry) - of_containerd(&before.registry));
         values.blob_peak = now.registry.blobs.values().map(|blob| blob.peak).max();
         Ok(())
     }
 
+    #[expect(
+        clippy::disallowed_methods,
+        reason = "another process sends no event when it is done; the wait has a bound"
+    )]
     fn await_local(&self, values: &mut Values, started: Instant, before: &Counters) -> Result<()> {
         // Others are local once they are pulled, or never tell.
         let Some(node) = self.daemon.node() else { return Ok(()) };
-        eventually("every layer to be verified", LOCAL, || node.is_all_local().then_some(()))?;
+        // Each look is work for the daemon whose work is measured.
+        eventually("every layer to be verified", LOCAL, || {
+            std::thread::sleep(LOOK);
+            node.is_all_local().then_some(())
+        })?;
         values.local_s = Some(started.elapsed().as_secs_f64());
         let used = processor::used(&self.daemon.processes()) - before.own_cpu;
         values.more.insert("cpu_local_s".to_owned(), used);
@@ -186,14 +200,13 @@ fn of_containerd(seen: &Requests) -> u64 {
     seen.agents.get("containerd").copied().unwrap_or_default()
 }
 
-/// What millstreamd says that its readers needed, in bytes as they come over the wire.
-fn demanded(address: SocketAddr) -> Option<u64> {
-    let page = metrics_page(address).ok()?;
-    let needed = "millstream_needed_bytes_total";
-    if page.lines().any(|line| line.starts_with(needed)) {
-        return Some(sample(&page, needed));
+impl Values {
+    /// What millstreamd has fetched and what for, as it comes over the wire.
+    fn note_fetched(&mut self, page: &str) {
+        let of = |purpose: &str| sample(page, &format!("millstream_fetched_bytes_total{{purpose=\"{purpose}\"}}"));
+        self.bytes_demanded = Some(of("demand") + of("content"));
+        for purpose in PURPOSES {
+            self.more.insert(format!("fetched_{purpose}"), of(purpose) as f64);
+        }
     }
-    // What readers waited for: less than they needed where something was fetched ahead of them.
-    let of = |purpose: &str| sample(&page, &format!("millstream_fetched_bytes_total{{purpose=\"{purpose}\"}}"));
-    Some(of("demand") + of("content"))
 }

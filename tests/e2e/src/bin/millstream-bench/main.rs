@@ -70,10 +70,10 @@ struct RunArguments {
     /// Only this link (100mbit-20ms, 1gbit-10ms, 1gbit-210ms); may be given more than once.
     #[arg(long)]
     link: Vec<String>,
-    /// Only peers whose name has this, such as `stargz`; may be given more than once.
+    /// Only subjects whose name has this, such as `stargz` or `millstream, profile`; may be given more than once.
     #[arg(long)]
     peer: Vec<String>,
-    /// How often each cell is run at least, instead of what the matrix says.
+    /// How often each cell is run, instead of what the matrix says.
     #[arg(long, value_parser = clap::value_parser!(u32).range(1..=100))]
     rounds: Option<u32>,
 }

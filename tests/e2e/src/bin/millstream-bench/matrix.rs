@@ -8,7 +8,8 @@ use millstream_e2e::link::LinkOptions;
 use crate::images::{FLAT, Form, LARGE, USUAL};
 use crate::peers::{Known, Subject};
 
-/// Runs of a cell whose ratio decides a target, and of one whose ratio is near it.
+/// Runs of a cell whose ratio decides no target, of one whose ratio does, and of one whose ratio is near it.
+pub(crate) const FEW: u32 = 2;
 pub(crate) const PAIRS: u32 = 5;
 pub(crate) const NEAR_PAIRS: u32 = 10;
 
@@ -82,6 +83,8 @@ pub(crate) struct Group {
     pub(crate) image: &'static str,
     pub(crate) link: Link,
     pub(crate) cells: Vec<(Subject, Job)>,
+    /// Those of them that are far behind on such a line, and show that it is so: in the first rounds only.
+    pub(crate) few: Vec<Subject>,
     pub(crate) rounds: u32,
     /// Whether its ratios decide targets, and so need more rounds where they are near.
     pub(crate) decides: bool,
@@ -109,7 +112,9 @@ impl Matrix {
     /// One image, one link, three runs.
     pub(crate) fn quick() -> Self {
         let cells = vec![(TUNED, Job::Start), (ESTARGZ, Job::Start), (PROFILE, Job::Local)];
-        Self { groups: vec![Group { image: "wiki", link: Link::Slow, cells, rounds: 3, decides: false }] }
+        Self {
+            groups: vec![Group { image: "wiki", link: Link::Slow, cells, few: Vec::new(), rounds: 3, decides: false }],
+        }
     }
 
     /// What fits into two hours.
@@ -131,8 +136,8 @@ impl Matrix {
             (COLD, Job::Start),
         ];
         let mut groups = Vec::new();
-        for (link, cells) in [(Link::Slow, slow), (Link::Fast, fast)] {
-            groups.extend(USUAL.iter().map(|image| decisive(image, link, cells.clone())));
+        for (link, cells, few) in [(Link::Slow, slow, vec![TUNED]), (Link::Fast, fast, vec![DEFAULT, ESTARGZ])] {
+            groups.extend(USUAL.iter().map(|image| Group { few: few.clone(), ..decisive(image, link, cells.clone()) }));
         }
         groups.extend(files());
         groups.extend(round_trips());
@@ -171,14 +176,15 @@ impl Matrix {
     pub(crate) fn restrict(&mut self, images: &[String], links: &[String], peers: &[String], rounds: Option<u32>) {
         let named = |names: &[String], name: &str| names.is_empty() || names.iter().any(|one| one == name);
         for group in &mut self.groups {
-            let wanted = |peer: String| peers.is_empty() || peers.iter().any(|part| peer.contains(part.as_str()));
-            group.cells.retain(|(subject, _)| wanted(subject.peer()));
+            let wanted = |name: String| peers.is_empty() || peers.iter().any(|part| name.contains(part.as_str()));
+            group.cells.retain(|(subject, _)| wanted(format!("{}, {}", subject.peer(), subject.settings())));
         }
         self.groups
             .retain(|group| named(images, group.image) && named(links, group.link.name()) && !group.cells.is_empty());
         if let Some(rounds) = rounds {
             for group in &mut self.groups {
                 group.rounds = rounds;
+                group.decides = false;
             }
         }
     }
@@ -207,14 +213,14 @@ impl Matrix {
 }
 
 fn decisive(image: &'static str, link: Link, cells: Vec<(Subject, Job)>) -> Group {
-    Group { image, link, cells, rounds: PAIRS, decides: true }
+    Group { image, link, cells, few: Vec::new(), rounds: PAIRS, decides: true }
 }
 
 /// What a wholly local image is like to read.
 fn files() -> impl Iterator<Item = Group> {
     ["wiki", "node"].into_iter().map(|image| {
         let cells = vec![(TUNED, Job::Files), (PROFILE, Job::Files)];
-        Group { image, link: Link::Fast, cells, rounds: PAIRS, decides: true }
+        decisive(image, Link::Fast, cells)
     })
 }
 
@@ -223,7 +229,7 @@ fn round_trips() -> impl Iterator<Item = Group> {
     [("layers", Link::Fast), (FLAT, Link::Fast), ("layers", Link::Long), (FLAT, Link::Long)].into_iter().map(
         |(image, link)| {
             let cells = vec![(ours(Known::Indexed, false), Job::Pull)];
-            Group { image, link, cells, rounds: PAIRS, decides: false }
+            Group { decides: false, ..decisive(image, link, cells) }
         },
     )
 }

@@ -192,7 +192,7 @@ impl<'r> Figures<'r> {
 
     fn m4(&self) -> Option<Value> {
         let fetched: Take = |values| values.bytes_until_ready.map(|bytes| bytes as f64);
-        let needed: Take = |values| values.bytes_demanded.map(|bytes| bytes as f64);
+        let needed: Take = |values| values.bytes_needed.map(|bytes| bytes as f64);
         let of = |settings| self.over_images(|image| self.within(image, Link::Slow, ours(settings), fetched, needed));
         let (with, without) = (of(PROFILE_ON_DEMAND), of(INDEXED_ON_DEMAND));
         (with.is_some() || without.is_some()).then(|| {

@@ -36,8 +36,10 @@ const NO_PROGRAMS: [(&str, &str); 2] = [("CONTAINERD_DISABLE_IGZIP", "1"), ("CON
 pub(crate) enum Known {
     /// Its tables, and how another node started it.
     Profile,
-    /// Its tables.
+    /// Its tables; the node neither has nor gives a profile.
     Indexed,
+    /// Its tables; the first node that starts it tells what that reads. Not measured.
+    First,
     /// There is no server, and this node has never seen the image.
     Nothing,
 }
@@ -81,6 +83,7 @@ impl Subject {
                 let known = match known {
                     Known::Profile => "profile",
                     Known::Indexed => "indexed",
+                    Known::First => "first",
                     Known::Nothing => "cold",
                 };
                 if hydration { known.to_owned() } else { format!("{known}, no hydration") }
@@ -108,7 +111,7 @@ impl Subject {
 
     /// Whether millstream-server has a part in it.
     pub(crate) fn needs_server(self) -> bool {
-        matches!(self, Self::Millstream { known: Known::Profile | Known::Indexed, .. })
+        matches!(self, Self::Millstream { known: Known::Profile | Known::Indexed | Known::First, .. })
     }
 
     /// What it lacks on this machine.
@@ -170,6 +173,9 @@ impl Subject {
                     options = NodeOptions { server: String::new(), ca: None, containerd: Some(socket), ..options };
                 }
                 options.metrics = Some(free_address()?);
+                // The server may have learned one from another subject.
+                options.profiles = known != Known::Indexed;
+                options.log_level = "info";
                 Ok(Daemon::Millstream(Box::new(Node::start(&rig.work, &options)?)))
             }
         }

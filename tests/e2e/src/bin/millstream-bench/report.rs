@@ -130,7 +130,7 @@ fn starts(text: &mut String, rows: &[Row], link: Link) {
             number(floor, 2),
             number(ready.zip(floor).map(|(ready, floor)| ready / floor), 2),
             number(cell.median(|v| megabytes(v.bytes_until_ready)), 1),
-            number(cell.median(|v| megabytes(v.bytes_demanded)), 1),
+            number(cell.median(|v| megabytes(v.bytes_needed)), 1),
             number(cell.median(|v| v.requests.map(|n| n as f64)), 0),
             number(cell.median(|v| v.blob_peak.map(|n| n as f64)), 0),
             number(cell.median(|v| v.daemon_cpu_s), 1),

@@ -11,6 +11,9 @@ use anyhow::{Context as _, Result};
 use millstream_e2e::process::output;
 use serde::{Deserialize, Serialize};
 
+/// After the commit of a tree with changes that are not committed.
+const DIRTY: &str = "-dirty";
+
 /// Where a run belongs in the matrix.
 #[derive(Debug, Clone, PartialEq, Eq, PartialOrd, Ord, Hash, Serialize, Deserialize)]
 pub(crate) struct Key {
@@ -30,6 +33,9 @@ pub(crate) struct Values {
     pub(crate) pull_s: f64,
     pub(crate) ready_s: Option<f64>,
     pub(crate) bytes_until_ready: Option<u64>,
+    /// Compressed bytes of the pages that a start touches, as the floor has them.
+    #[serde(default)]
+    pub(crate) bytes_needed: Option<u64>,
     pub(crate) bytes_demanded: Option<u64>,
     pub(crate) requests: Option<u64>,
     pub(crate) daemon_cpu_s: Option<f64>,
@@ -72,15 +78,23 @@ pub(crate) struct Origin {
 }
 
 impl Origin {
-    /// This machine, and the commit that is checked out.
+    /// This machine, and the commit that is checked out: the last one that changed the product, so that what is written about
+    /// a measurement does not end it.
     pub(crate) fn here() -> Result<Self> {
-        let root = Path::new(env!("CARGO_MANIFEST_DIR"));
-        let mut git = Command::new("git");
-        git.arg("-C").arg(root).args(["describe", "--always", "--dirty", "--abbrev=12"]);
         // A source tree without its history can be measured too.
-        let commit = output(&mut git).map_or_else(|_| "unknown".to_owned(), |text| text.trim().to_owned());
+        let commit = git(&["log", "-1", "--format=%h", "--abbrev=12", "--"]).unwrap_or_else(|_| "unknown".to_owned());
+        let changed = git(&["status", "--porcelain", "--"]).is_ok_and(|changes| !changes.is_empty());
+        let commit = if changed { format!("{commit}{DIRTY}") } else { commit };
         Ok(Self { commit, machine: machine()? })
     }
+}
+
+/// What git says of the product's files.
+fn git(arguments: &[&str]) -> Result<String> {
+    let root = Path::new(env!("CARGO_MANIFEST_DIR")).join("../..");
+    let mut git = Command::new("git");
+    git.arg("-C").arg(root).args(arguments).args(["crates", "proto", "Cargo.toml", "Cargo.lock"]);
+    Ok(output(&mut git)?.trim().to_owned())
 }
 
 fn machine() -> Result<String> {
@@ -116,7 +130,9 @@ impl Rows {
 
     /// Whether this run was made, of this very image, with this commit on this machine.
     pub(crate) fn has(&self, key: &Key, manifest: &str, origin: &Origin) -> bool {
-        self.rows.iter().any(|row| row.key == *key && row.manifest == manifest && row.origin == *origin)
+        // What a changed tree is nobody knows.
+        let known = !origin.commit.ends_with(DIRTY);
+        known && self.rows.iter().any(|row| row.key == *key && row.manifest == manifest && row.origin == *origin)
     }
 
     /// Keeps a row, also if the machine stops a moment later.

@@ -10,7 +10,7 @@ use millstream_e2e::recipe;
 use millstream_e2e::rig::{Offered, Rig};
 
 use crate::images::{Form, Ready};
-use crate::matrix::{Group, Job, Link, Matrix, NEAR_PAIRS};
+use crate::matrix::{FEW, Group, Job, Link, Matrix, NEAR_PAIRS};
 use crate::peers::{Known, Subject};
 use crate::rows::{Key, Origin, Rows};
 use crate::{floor, job, metrics, say};
@@ -137,6 +137,9 @@ impl Bench<'_> {
             for position in 0..cells.len() {
                 let at = (position + round as usize) % cells.len();
                 let (subject, job) = cells[at];
+                if (FEW..group.rounds).contains(&round) && group.few.contains(&subject) {
+                    continue;
+                }
                 if failed[at] < ATTEMPTS && !self.measure(standing, link, group.image, subject, job, round)? {
                     failed[at] += 1;
                 }
@@ -208,7 +211,7 @@ impl Standing {
         let Subject::Millstream { version, known, .. } = subject else { return Ok(()) };
         let profile = match known {
             Known::Nothing => return Ok(()),
-            Known::Indexed => false,
+            Known::Indexed | Known::First => false,
             Known::Profile => true,
         };
         if self.known.insert((image.name.clone(), false)) {
@@ -220,7 +223,7 @@ impl Standing {
             // On another node: its state is wiped afterwards.
             // Until all of it is local, which is longer than a node takes to see that the start is over and to tell the server,
             // and the server to put the pages together. A start that had no profile is not counted as one that had.
-            let first = Subject::Millstream { version, known: Known::Indexed, hydration: true };
+            let first = Subject::Millstream { version, known: Known::First, hydration: true };
             job::run(&mut self.rig, image, Link::Fast, first, Job::Local)
                 .with_context(|| format!("the first start of {}, for its profile", image.name))?;
             say(format_args!("{}: started once on another node", image.name));
