@@ -1,4 +1,4 @@
-//! Makes layers wholly local, one after the other, and proves them.
+//! Makes layers wholly local, a few at a time, and proves them.
 
 use std::collections::VecDeque;
 use std::sync::atomic::{AtomicBool, AtomicU64, Ordering};

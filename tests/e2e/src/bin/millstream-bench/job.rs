@@ -108,6 +108,7 @@ impl At<'_> {
         if matches!(job, Job::Local | Job::Files) {
             self.await_local(&mut values, started, &before)?;
         }
+        self.await_recording()?;
         if self.subject.is_ours() {
             let more = &mut values.more;
             more.insert("memory_idle".to_owned(), idle as f64);
@@ -141,6 +142,16 @@ impl At<'_> {
         let pages = node.status()?.transfer.unwrap_or_default().profile_bytes;
         ensure!(pages > 0, "the server had no pages of a profile for this start");
         Ok(())
+    }
+
+    /// A start is over when nothing new was read for some seconds; then the node tells the server what it read.
+    fn await_recording(&self) -> Result<()> {
+        let Subject::Millstream { known: Known::First, .. } = self.subject else { return Ok(()) };
+        let address = self.daemon.node().and_then(|node| node.metrics()).context("a node that shows no metrics")?;
+        let told = "millstream_source_requests_total{source=\"recording\",code=\"\"}";
+        eventually("the server to be told of the start", READY, || {
+            metrics_page(address).is_ok_and(|page| sample(&page, told) > 0).then_some(())
+        })
     }
 
     fn counters(&self) -> Result<Counters> {

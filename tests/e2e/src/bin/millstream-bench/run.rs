@@ -2,10 +2,13 @@
 
 use std::collections::HashSet;
 use std::path::Path;
+use std::time::Duration;
 
 use anyhow::{Context as _, Result, bail, ensure};
+use millstream_e2e::daemons::SERVER;
 use millstream_e2e::link::LinkOptions;
 use millstream_e2e::need::{CONTAINERS, Need, bench_tool};
+use millstream_e2e::process::eventually;
 use millstream_e2e::recipe;
 use millstream_e2e::rig::{Offered, Rig};
 
@@ -14,6 +17,11 @@ use crate::matrix::{FEW, Group, Job, Link, Matrix, NEAR_PAIRS};
 use crate::peers::{Known, Subject};
 use crate::rows::{Key, Origin, Rows};
 use crate::{floor, job, metrics, say};
+
+/// What the server logs when a profile of its own can be sent.
+const PACKED: &str = "pages of a startup profile put together";
+/// How long that may take after it was told of a start.
+const LEARNED: Duration = Duration::from_secs(120);
 
 /// Failures of one cell after which it is left alone.
 const ATTEMPTS: u32 = 2;
@@ -31,7 +39,7 @@ pub(crate) fn prepare(dir: &Path, matrix: &Matrix) -> Result<Vec<Ready>> {
     if !lacking.is_empty() {
         let offered: Vec<Offered> = lacking.iter().flat_map(|at| images[*at].offered(&[Form::Plain])).collect();
         // A line that nobody waits for.
-        let line = LinkOptions { megabits: 10_000, one_way: std::time::Duration::ZERO };
+        let line = LinkOptions { megabits: 10_000, one_way: Duration::ZERO };
         let rig = Rig::set(line, &offered, Some(&storage(dir)?))?;
         for at in lacking {
             let recorded = floor::record(&rig, &images[at], &machine);
@@ -220,12 +228,19 @@ impl Standing {
             say(format_args!("{}: imported by the server in {:.1} s", image.name, taken.as_secs_f64()));
         }
         if profile && self.known.insert((image.name.clone(), true)) {
+            let log = self.rig.work.log(SERVER);
+            let put_together = || -> Result<usize> {
+                let text = std::fs::read_to_string(&log)?;
+                Ok(text.lines().filter(|line| line.contains(PACKED) && line.contains(&image.info.manifest)).count())
+            };
+            let before = put_together()?;
             // On another node: its state is wiped afterwards.
-            // Until all of it is local, which is longer than a node takes to see that the start is over and to tell the server,
-            // and the server to put the pages together. A start that had no profile is not counted as one that had.
-            let first = Subject::Millstream { version, known: Known::First, hydration: true };
-            job::run(&mut self.rig, image, Link::Fast, first, Job::Local)
+            let first = Subject::Millstream { version, known: Known::First, hydration: false };
+            job::run(&mut self.rig, image, Link::Fast, first, Job::Start)
                 .with_context(|| format!("the first start of {}, for its profile", image.name))?;
+            eventually("the pages of the profile", LEARNED, || {
+                put_together().is_ok_and(|now| now > before).then_some(())
+            })?;
             say(format_args!("{}: started once on another node", image.name));
         }
         Ok(())
