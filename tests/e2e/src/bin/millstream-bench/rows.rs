@@ -93,7 +93,7 @@ impl Origin {
 fn git(arguments: &[&str]) -> Result<String> {
     let root = Path::new(env!("CARGO_MANIFEST_DIR")).join("../..");
     let mut git = Command::new("git");
-    git.arg("-C").arg(root).args(arguments).args(["crates", "proto", "Cargo.toml", "Cargo.lock"]);
+    git.arg("-C").arg(root).args(arguments).args(["crates", "proto", "Cargo.toml", "Cargo.lock", ":(exclude)*.md"]);
     Ok(output(&mut git)?.trim().to_owned())
 }
 
