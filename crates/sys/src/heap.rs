@@ -34,8 +34,8 @@ pub fn keep_little() {
     gnu::keep_little();
 }
 
-/// Gives back to the kernel what the allocator holds and nobody uses, also between what is used. Takes a millisecond or so for each
-/// few megabytes; threads that allocate meanwhile may wait.
+/// Gives back to the kernel what the allocator holds and nobody uses, also between what is used. Threads that allocate meanwhile may
+/// wait.
 pub fn give_back() {
     #[cfg(target_env = "gnu")]
     gnu::give_back();
