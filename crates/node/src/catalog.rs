@@ -23,6 +23,8 @@ const STREAMING: &str = "streaming";
 const MAX_DECISIONS: u64 = 1000;
 /// How far back is looked for the last decision about the same image: as many pulls as may well run at once.
 const RECENT: usize = 32;
+/// Seconds for which a decision stands for those about the other layers of the image.
+const JUST_NOW: i64 = 10;
 
 /// A layer of an image, as the server described it when the image was first seen.
 #[derive(Debug, Clone, PartialEq, Eq, Serialize, Deserialize)]
@@ -184,16 +186,23 @@ impl Catalog {
     }
 
     /// Adds a decision and drops the oldest beyond the limit. It takes the place of the last one about the same image if that
-    /// says the same: an image of sixty layers has one decision, not sixty.
+    /// says the same: an image of sixty layers has one decision, not sixty. Nothing is written if that is of a few seconds ago:
+    /// the next layer, which is being recorded meanwhile, would wait for it.
     ///
     /// # Errors
     /// Those of the database.
     pub fn put_decision(&self, decision: &Decision) -> anyhow::Result<()> {
+        let table = self.db.begin_read()?.open_table(DECISIONS)?;
+        if repeated(&table, decision)?
+            .is_some_and(|(_, earlier)| (0..JUST_NOW).contains(&(decision.decided_at - earlier)))
+        {
+            return Ok(());
+        }
         let write = self.db.begin_write()?;
         {
             let mut table = write.open_table(DECISIONS)?;
             let number = table.last()?.map_or(0, |(key, _)| key.value() + 1);
-            if let Some(same) = repeated(&table, decision)? {
+            if let Some((same, _)) = repeated(&table, decision)? {
                 table.remove(same)?;
             }
             table.insert(number, serde_json::to_vec(decision)?.as_slice())?;
@@ -290,14 +299,15 @@ impl Catalog {
     }
 }
 
-/// Number of the last decision about the same image, if it is among the latest few and says the same as `decision`.
-fn repeated(table: &impl ReadableTable<u64, &'static [u8]>, decision: &Decision) -> anyhow::Result<Option<u64>> {
+/// Number and time of the last decision about the same image, if it is among the latest few and says the same as `decision`.
+fn repeated(table: &impl ReadableTable<u64, &'static [u8]>, decision: &Decision) -> anyhow::Result<Option<(u64, i64)>> {
     for entry in table.iter()?.rev().take(RECENT) {
         let (key, value) = entry?;
         let Ok(earlier) = serde_json::from_slice::<Decision>(value.value()) else { continue };
         if (&earlier.image, &earlier.manifest) == (&decision.image, &decision.manifest) {
+            let at = earlier.decided_at;
             let same = Decision { decided_at: decision.decided_at, ..earlier } == *decision;
-            return Ok(same.then(|| key.value()));
+            return Ok(same.then(|| (key.value(), at)));
         }
     }
     Ok(None)
@@ -347,12 +357,15 @@ mod tests {
             reason: String::new(),
             decided_at: at,
         };
-        for at in 0..3 {
+        for at in [0, 100, 200, 201] {
             catalog.put_decision(&decision("same", at)).unwrap();
         }
-        catalog.put_decision(&decision("other", 9)).unwrap();
+        catalog.put_decision(&decision("other", 202)).unwrap();
         let found = catalog.decisions("sha256:m").unwrap();
-        assert_eq!(found, [decision("other", 9), decision("same", 2)]);
+        assert_eq!(found, [decision("other", 202), decision("same", 200)]);
+        // The clock was set back.
+        catalog.put_decision(&decision("other", 2)).unwrap();
+        assert_eq!(catalog.decisions("sha256:m").unwrap(), [decision("other", 2), decision("same", 200)]);
         for number in 0..i64::try_from(MAX_DECISIONS).unwrap() + 5 {
             catalog.put_decision(&decision(&number.to_string(), number)).unwrap();
         }

@@ -21,8 +21,8 @@ use millstream_toc::{FormatError, Toc};
 use crate::content::{Content, blocking, toc_error};
 use crate::{ServeError, StoreError};
 
-/// It is made once and sent often.
-const LEVEL: i32 = 15;
+/// It is made once and sent often. Of 52 MB of libraries, 15 makes 2 % less in ten times the time, 6 makes 5 % more in half of it.
+const LEVEL: i32 = 9;
 /// History of the stream as a power of two, 4 MiB; nodes take up to 8 MiB.
 const WINDOW_LOG: u32 = 22;
 /// Bytes of the data address space that are read at a time. More only where one span has more.
