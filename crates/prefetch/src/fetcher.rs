@@ -23,6 +23,7 @@ use crate::flight;
 use crate::gate::{Gate, Urgency};
 use crate::hydrate::{Hydration, Progress};
 use crate::options::FetchOptions;
+use crate::parts::PartSize;
 use crate::queue::Limits;
 use crate::replay::{self, AskedProfile};
 use crate::share::Turns;
@@ -51,6 +52,8 @@ pub(crate) struct Shared {
     pub(crate) edges: Arc<Edges>,
     pub(crate) turns: Turns,
     pub(crate) replays: Semaphore,
+    /// Of hydration.
+    pub(crate) part_size: PartSize,
     /// Streams of pages under way.
     pub(crate) replaying: AtomicUsize,
     pub(crate) events: Arc<dyn FetchEvents>,
@@ -96,6 +99,7 @@ impl Fetcher {
             edges: Arc::new(Edges::new(options.edge_cache)),
             turns: Turns::default(),
             replays: Semaphore::new(options.replays.max(1)),
+            part_size: PartSize::new(options.part_size, options.part_size_fast, options.part_time),
             replaying: AtomicUsize::new(0),
             events,
             runtime,

@@ -5,10 +5,10 @@ use std::sync::atomic::{AtomicBool, AtomicU64, Ordering};
 use std::sync::{Arc, Mutex, MutexGuard, PoisonError};
 use std::time::Duration;
 
-use futures::StreamExt;
+use futures::{FutureExt, StreamExt};
 use millstream_chunkstore::{Layer, LayerState, Refusal};
 use millstream_source::{ErrorKind, SourceError, names};
-use tokio::sync::{mpsc, watch};
+use tokio::sync::{Semaphore, mpsc, watch};
 
 use crate::attached::Attached;
 use crate::background::at_low_priority;
@@ -23,6 +23,8 @@ use crate::skeleton::{self, Outcome};
 const ROOM_LOOKS: u32 = 8;
 /// Between two looks. Content of other layers is given up meanwhile.
 const ROOM_PAUSE: Duration = Duration::from_millis(250);
+/// In how many bytes the room for parts under way is counted.
+const PLACE: u64 = 4096;
 
 /// Where the hydration of a layer stands.
 #[derive(Debug, Clone, Copy, PartialEq, Eq, Default)]
@@ -405,12 +407,18 @@ impl Drop for Turn {
 /// Fetches the parts, a few at once, and hands them on in order. Ends early when the builder takes no more.
 async fn feed(pass: &Pass<'_>, sender: mpsc::Sender<bytes::Bytes>) -> Result<(), SourceError> {
     let options = &pass.shared.options;
-    let ranges = parts::of_blob(pass.attached.layer.toc().blob_size(), options.part_size);
-    let mut parts = std::pin::pin!(
-        futures::stream::iter(ranges).map(|range| pass.part(range)).buffered(options.parts_in_flight.max(1))
-    );
+    let ranges = parts::of_blob(pass.attached.layer.toc().blob_size(), || pass.shared.part_size.largest());
+    let places = u32::try_from(options.part_bytes_in_flight / PLACE).unwrap_or(u32::MAX).max(1);
+    let room = Arc::new(Semaphore::new(places as usize));
+    // In order, so that the part that everything waits for never waits for a place.
+    let begun = futures::stream::iter(ranges).then(|range| {
+        let wanted = u32::try_from(range.len().div_ceil(PLACE)).unwrap_or(u32::MAX).min(places);
+        Arc::clone(&room).acquire_many_owned(wanted).map(move |place| (range, place))
+    });
+    let fetch = |(range, place)| pass.part(range).map(move |part| part.map(|part| (part, place)));
+    let mut parts = std::pin::pin!(begun.map(fetch).buffered(options.parts_in_flight.max(1)));
     while let Some(part) = parts.next().await {
-        let part = part?;
+        let (part, _place) = part?;
         pass.attached.hydration.blob_bytes.fetch_add(part.len() as u64, Ordering::Relaxed);
         if sender.send(part).await.is_err() {
             return Ok(());

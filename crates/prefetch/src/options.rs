@@ -94,12 +94,19 @@ pub struct FetchOptions {
     pub share_patience: Duration,
     /// Layers hydrated at once.
     pub hydrations: usize,
-    /// Compressed bytes of one hydration request at most: what is under way cannot be taken back when a reader comes.
+    /// How long one hydration request should take: what is under way cannot be taken back when a reader comes, and each request
+    /// costs a round trip and work in the registry. Requests have as many bytes as came in that time lately, within the bounds below.
+    pub part_time: Duration,
+    /// Compressed bytes of the largest hydration request while the line is slow or not known.
     pub part_size: u64,
+    /// The same on a fast line.
+    pub part_size_fast: u64,
     /// Parts of one layer that may be under way, wait or be there before the one that comes first in order. Several times as many
     /// as run at once, since connections do not share a line evenly: what has to wait for a slow one would begin all at once
-    /// when that is through. `part_size * (parts_in_flight + 2)` bounds the memory of a hydration.
+    /// when that is through.
     pub parts_in_flight: usize,
+    /// Compressed bytes that they may have together. With two of the largest parts it bounds the memory of a hydration.
+    pub part_bytes_in_flight: u64,
     /// Sources kept for one layer; the oldest go first.
     pub sources: usize,
     /// Limits of the TOC builder.
@@ -141,8 +148,11 @@ impl Default for FetchOptions {
             share: true,
             share_patience: Duration::from_millis(200),
             hydrations: 1,
+            part_time: Duration::from_millis(250),
             part_size: 512 * 1024,
+            part_size_fast: 4 * 1024 * 1024,
             parts_in_flight: 16,
+            part_bytes_in_flight: 12 * 1024 * 1024,
             sources: 4,
             budget: Budget::default(),
             jitter: Arc::new(RandomJitter::default()),

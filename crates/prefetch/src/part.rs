@@ -5,6 +5,7 @@ use std::sync::{Arc, Mutex, PoisonError};
 use bytes::{Bytes, BytesMut};
 use millstream_source::{ErrorKind, Priority, SourceError, names};
 use millstream_toc::BlobRange;
+use tokio::time::Instant;
 
 use crate::attached::{Attached, Source};
 use crate::extract::bounded;
@@ -74,6 +75,7 @@ impl Pass<'_> {
         let rest = BlobRange::new(range.start + bytes.len() as u64, range.end);
         let (digest, idle) = (attached.layer.digest(), shared.options.idle_timeout);
         shared.tally.request();
+        let begun = Instant::now();
         let body = bounded(idle, "first byte of a blob", source.image.blob.read(&digest, rest)).await?;
         let mut body = Paced::new(body, idle);
         self.note(source);
@@ -94,6 +96,7 @@ impl Pass<'_> {
             bytes.extend_from_slice(&piece);
         }
         if left == 0 {
+            shared.part_size.took(rest.len(), begun.elapsed());
             return Ok(());
         }
         Err(SourceError::new(ErrorKind::Malformed, format!("body of blob {digest} is too short by {left} bytes")))

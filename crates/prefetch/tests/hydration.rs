@@ -34,9 +34,28 @@ async fn a_hydrated_layer_is_complete_proven_and_said_so() {
     let mut requests = source.requests();
     requests.sort();
     for range in requests {
-        assert!(range.start == next && range.len() <= options().part_size);
+        assert!(range.start == next && range.len() <= options().part_size_fast);
         next = range.end;
     }
+    world.check();
+}
+
+#[tokio::test(flavor = "multi_thread", worker_threads = 2)]
+async fn parts_under_way_have_no_more_bytes_together_than_they_may() {
+    let image = image(1);
+    let limits =
+        FetchOptions { part_size: 16 * 1024, part_size_fast: 16 * 1024, part_bytes_in_flight: 40 * 1024, ..options() };
+    let world = World::new(&image, &image.toc, limits, store());
+    let source = Double::new(&image);
+    source.open.send_replace(false);
+    world.attach(source.sources());
+    world.fetcher.hydrate(&image.digest);
+    // Of 8, 14 and 10 KiB; there are slots for three more, and the next one has 16.
+    eventually("three parts", || source.requests().len() == 3).await;
+    tokio::time::sleep(Duration::from_millis(100)).await;
+    assert_eq!(source.requests().iter().map(|range| range.len()).sum::<u64>(), 32 * 1024);
+    source.open.send_replace(true);
+    eventually("verification", || world.layer.state() == LayerState::Verified).await;
     world.check();
 }
 
@@ -167,7 +186,9 @@ fn beside(limits: FetchOptions) -> (World, std::sync::Arc<Double>, std::sync::Ar
 async fn a_reader_of_a_dead_source_does_not_slow_other_layers_down() {
     // At one part in this time it would take minutes.
     let starvation = Duration::from_millis(500);
-    let (world, dead, second) = beside(FetchOptions { starvation, part_size: 16 * 1024, ..options() });
+    let small = 16 * 1024;
+    let (world, dead, second) =
+        beside(FetchOptions { starvation, part_size: small, part_size_fast: small, ..options() });
     dead.open.send_replace(false);
     let (fetcher, digest, file) = (world.fetcher.clone(), world.image.digest, world.file(0));
     let reader = tokio::spawn(async move { fetcher.ensure(&digest, file, Priority::Demand).await });

@@ -106,7 +106,7 @@ impl Line {
     fn hydrate(&mut self, layer: u32) {
         let wanted = |request: &&Request| request.priority == Hydrate && request.layer == layer;
         while self.requests.values().filter(wanted).count() < 8 {
-            let endless = || Box::new(parts::of_blob(u64::MAX, PART).map(|part| part.len()));
+            let endless = || Box::new(parts::of_blob(u64::MAX, || PART).map(|part| part.len()));
             let part = self.hydrated.entry(layer).or_insert_with(|| endless()).next().unwrap();
             self.submit(Hydrate, layer, part as f64).unwrap();
         }
