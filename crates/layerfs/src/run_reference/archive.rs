@@ -35,13 +35,17 @@ impl Member {
     }
 }
 
-/// Whether a member may take the place of a directory that an earlier one had made: a link counts, since it may lead to one.
+/// Whether a member may take the place of a directory that an earlier one had made, by a name below it or by an opaque mark
+/// in it: a link counts, since it may lead to one.
 pub(super) fn replaces(members: &[Member]) -> bool {
     let below = |path: &str, above: &str| path.strip_prefix(above).is_some_and(|rest| rest.starts_with('/'));
+    let within = |earlier: &Member, path: &str| {
+        below(&earlier.path, path) || (earlier.path == path && matches!(earlier.what, MemberKind::Opaque))
+    };
     let taken = |(at, member): (usize, &Member)| match &member.what {
         MemberKind::Directory | MemberKind::Opaque => false,
         MemberKind::Symlink(_) => true,
-        _ => members[..at].iter().any(|earlier| below(&earlier.path, &member.path)),
+        _ => members[..at].iter().any(|earlier| within(earlier, &member.path)),
     };
     members.iter().enumerate().any(taken)
 }
