@@ -28,6 +28,12 @@ impl<T> Answer<T> {
     pub(crate) async fn send(&self, message: T) -> Result<(), ServeError> {
         self.0.send_timeout(Ok(message), PATIENCE).await.map_err(|_| ServeError::Gone)
     }
+
+    /// Waits until the connection has taken all that was sent.
+    pub(crate) async fn taken(&self) -> Result<(), ServeError> {
+        let all = tokio::time::timeout(PATIENCE, self.0.reserve_many(QUEUE)).await;
+        all.ok().and_then(Result::ok).map(drop).ok_or(ServeError::Gone)
+    }
 }
 
 /// Runs `work` in a task; `permit` lives as long as it does. The task ends when the caller goes away.

@@ -22,6 +22,7 @@ mod service;
 mod shrink;
 mod skeleton;
 pub mod store;
+mod tables;
 pub use access::AccessOptions;
 pub use content::ContentOptions;
 pub use error::ServeError;

@@ -29,7 +29,7 @@ mod send;
 
 pub(crate) use kept::{ImageKey, KeptProfile};
 use kept::{KeptRecording, LatestProfile, OpenPack, PackHead, unless_damaged};
-pub(crate) use send::plan_message;
+pub(crate) use send::{Line, plan_message};
 
 /// Recordings of one image that are kept: the newest.
 const KEPT: usize = 8;

@@ -5,7 +5,7 @@ use std::net::IpAddr;
 use std::sync::{Arc, Mutex, PoisonError};
 use std::time::{Duration, SystemTime};
 
-use futures::TryStreamExt;
+use futures::{StreamExt, TryStreamExt};
 use millstream_oci::{Digest, Document, ImageRef, ManifestDigest, Platform, parse_document, select_platform};
 use millstream_registry::{Registry, Repository};
 use millstream_source::{BlobSource, ErrorKind, ImageSource, SourceError, names};
@@ -26,10 +26,13 @@ use crate::limits::{LimitOptions, Limits, Permit};
 use crate::metrics::{Method, ServerMetrics};
 use crate::outline::Outline;
 use crate::profiles::{ProfileOptions, Profiles};
-use crate::store::{ImageLayer, ImageRecord, LayerRecord, Store, StoreError};
+use crate::store::{ImageLayer, ImageRecord, LayerRecord, Pieces, Store, StoreError};
+use crate::tables::Tables;
 
 mod startup;
 
+/// Records and tables of an image that are looked up at once: each is a round trip to the object store.
+const LOOK_UPS: usize = 16;
 /// Bytes of a packed TOC in one message; gRPC clients take 4 MiB by default.
 const TOC_PIECE: usize = 1 << 20;
 /// Bytes of content in one message.
@@ -88,6 +91,7 @@ struct Inner {
     content: Arc<Content>,
     importer: Arc<Importer>,
     profiles: Arc<Profiles>,
+    tables: Tables,
     import_on_demand: bool,
     allowed_registries: Vec<String>,
     embedded: bool,
@@ -136,6 +140,7 @@ impl ImagesService {
             content,
             importer,
             profiles,
+            tables: Tables::default(),
             import_on_demand: options.import_on_demand,
             allowed_registries: options.allowed_registries,
             embedded: options.embedded,
@@ -351,6 +356,7 @@ impl Inner {
         request: v1::GetImageRequest,
     ) -> Result<Response<Reply<v1::GetImageResponse>>, ServeError> {
         let permit = self.limits.admit(peer)?;
+        let under_way = request.scope.as_ref().map(|scope| self.tables.begin(peer, &scope.manifest_digest));
         let caller = self.authorise(peer, request.scope).await?;
         let image = match self.image(&caller).await {
             Err(error @ ServeError::NotImported { .. }) => {
@@ -362,8 +368,9 @@ impl Inner {
         let known: HashSet<String> = request.known_layers.into_iter().collect();
         let mut layers = Vec::with_capacity(image.layers.len());
         let mut to_send: Vec<Digest> = Vec::new();
-        for layer in &image.layers {
-            let record = self.layer_record(&caller, layer).await;
+        let records: Vec<_> = image.layers.iter().map(|layer| self.layer_record(&caller, layer)).collect();
+        let records: Vec<_> = futures::stream::iter(records).buffered(LOOK_UPS).collect().await;
+        for (layer, record) in image.layers.iter().zip(records) {
             layers.push(match record {
                 Ok(record) => layer_message(layer, Ok(record.toc)),
                 Err(ServeError::NotEligible { reason, .. }) => layer_message(layer, Err(reason)),
@@ -387,32 +394,16 @@ impl Inner {
         }
         let head = v1::Image { manifest_digest: image.manifest.to_string(), layers };
         Ok(stream(permit, async move |answer: Answer<v1::GetImageResponse>| {
+            let _under_way = under_way;
             answer.send(v1::GetImageResponse { part: Some(Part::Image(head)) }).await?;
-            for layer in to_send {
-                self.send_toc(&layer, &answer).await?;
+            let open = async |layer: Digest| Ok::<_, StoreError>((layer, self.store.toc(&layer).await?));
+            let mut opened = futures::stream::iter(to_send).map(open).buffered(LOOK_UPS);
+            while let Some((layer, toc)) = opened.try_next().await? {
+                let toc = toc.ok_or_else(|| ServeError::NotImported { image: layer.to_string() })?;
+                send_toc(&layer, toc, &answer).await?;
             }
-            Ok(())
+            answer.taken().await
         }))
-    }
-
-    /// Sends one TOC as it lies in the store.
-    async fn send_toc(&self, layer: &Digest, answer: &Answer<v1::GetImageResponse>) -> Result<(), ServeError> {
-        let message = |packed: Vec<u8>, last| {
-            let toc = v1::TocPart { layer: layer.to_string(), packed, last };
-            v1::GetImageResponse { part: Some(Part::Toc(toc)) }
-        };
-        let mut pieces =
-            self.store.toc(layer).await?.ok_or_else(|| ServeError::NotImported { image: layer.to_string() })?;
-        let mut waiting: Vec<u8> = Vec::new();
-        while let Some(piece) = pieces.try_next().await? {
-            for part in piece.chunks(TOC_PIECE) {
-                if !waiting.is_empty() && waiting.len() + part.len() > TOC_PIECE {
-                    answer.send(message(std::mem::take(&mut waiting), false)).await?;
-                }
-                waiting.extend_from_slice(part);
-            }
-        }
-        answer.send(message(waiting, true)).await
     }
 
     async fn get_windows(
@@ -657,6 +648,28 @@ fn shown(text: &str) -> String {
 
 fn refused(span: &Span, error: ServeError) -> Status {
     span.in_scope(|| failure(error))
+}
+
+/// Sends one TOC as it lies in the store.
+async fn send_toc(
+    layer: &Digest,
+    mut pieces: Pieces,
+    answer: &Answer<v1::GetImageResponse>,
+) -> Result<(), ServeError> {
+    let message = |packed: Vec<u8>, last| {
+        let toc = v1::TocPart { layer: layer.to_string(), packed, last };
+        v1::GetImageResponse { part: Some(Part::Toc(toc)) }
+    };
+    let mut waiting: Vec<u8> = Vec::new();
+    while let Some(piece) = pieces.try_next().await? {
+        for part in piece.chunks(TOC_PIECE) {
+            if !waiting.is_empty() && waiting.len() + part.len() > TOC_PIECE {
+                answer.send(message(std::mem::take(&mut waiting), false)).await?;
+            }
+            waiting.extend_from_slice(part);
+        }
+    }
+    answer.send(message(waiting, true)).await
 }
 
 fn peer<T>(request: &Request<T>) -> Option<IpAddr> {

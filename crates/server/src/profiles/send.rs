@@ -15,6 +15,7 @@ use crate::answer::Answer;
 use crate::blob::{ChannelReader, channel};
 use crate::content::blocking;
 use crate::store::Pieces;
+use crate::tables::Behind;
 
 /// Bytes of one message, none of which is of use to the caller before all of it is there: at 100 Mbit/s that takes 5 ms.
 const MESSAGE: usize = 64 << 10;
@@ -24,6 +25,13 @@ const QUEUE: usize = 16;
 const LEVEL: i32 = 1;
 /// Bytes that are copied from one stream to the other at a time.
 const COPY: usize = 64 << 10;
+
+/// Where pages go.
+pub(crate) struct Line {
+    pub(crate) answer: Answer<v1::GetProfileResponse>,
+    /// Each piece of them comes behind tables that are under way.
+    pub(crate) behind: Behind,
+}
 
 /// What a caller is told first.
 pub(crate) fn plan_message(kept: &KeptProfile, pages: bool) -> v1::GetProfileResponse {
@@ -45,14 +53,14 @@ impl Profiles {
         key: &ImageKey,
         pack: OpenPack,
         local: &[Digest],
-        answer: &Answer<v1::GetProfileResponse>,
+        line: Line,
     ) -> Result<(), ServeError> {
         let OpenPack { head, packed } = pack;
         let runs = wanted_runs(&head, local);
         let sent = if runs.iter().all(|(_, wanted)| *wanted) {
-            self.send_whole(&head, packed, answer).await
+            self.send_whole(&head, packed, &line).await
         } else {
-            self.send_part(&head, packed, runs, answer).await
+            self.send_part(&head, packed, runs, &line).await
         };
         if let Err(error @ ServeError::Internal { .. }) = &sent {
             tracing::warn!(%error, manifest = %key.manifest, "kept pages are damaged, they will be made again");
@@ -65,7 +73,7 @@ impl Profiles {
         &self,
         head: &PackHead,
         mut packed: Pieces,
-        answer: &Answer<v1::GetProfileResponse>,
+        line: &Line,
     ) -> Result<(), ServeError> {
         let mut check = Check::new(head);
         let mut waiting: Vec<u8> = Vec::new();
@@ -73,13 +81,13 @@ impl Profiles {
             check.add(&piece);
             for part in piece.chunks(MESSAGE) {
                 if !waiting.is_empty() && waiting.len() + part.len() > MESSAGE {
-                    self.send_piece(std::mem::take(&mut waiting), answer).await?;
+                    self.send_piece(std::mem::take(&mut waiting), line).await?;
                 }
                 waiting.extend_from_slice(part);
             }
         }
         check.end()?;
-        self.send_piece(waiting, answer).await
+        self.send_piece(waiting, line).await
     }
 
     async fn send_part(
@@ -87,39 +95,40 @@ impl Profiles {
         head: &PackHead,
         packed: Pieces,
         runs: Vec<(u32, bool)>,
-        answer: &Answer<v1::GetProfileResponse>,
+        line: &Line,
     ) -> Result<(), ServeError> {
         let (sender, reader) = channel();
         let (out, filtered) = mpsc::channel(QUEUE);
         let filter = blocking(move || filter(reader, &runs, out));
         let (read, filter, last) =
-            tokio::join!(read(packed, Check::new(head), sender), filter, self.forward(filtered, answer));
+            tokio::join!(read(packed, Check::new(head), sender), filter, self.forward(filtered, line));
         // Whoever went away is why the others ended.
         let last = last?;
         read?;
         filter?.map_err(|error| damaged(&error.to_string()))?;
-        self.send_piece(last, answer).await
+        self.send_piece(last, line).await
     }
 
     /// Sends all messages but the last one, which it gives back.
     async fn forward(
         &self,
         mut filtered: mpsc::Receiver<Vec<u8>>,
-        answer: &Answer<v1::GetProfileResponse>,
+        line: &Line,
     ) -> Result<Vec<u8>, ServeError> {
         let mut waiting = Vec::new();
         while let Some(piece) = filtered.recv().await {
             let before = std::mem::replace(&mut waiting, piece);
             if !before.is_empty() {
-                self.send_piece(before, answer).await?;
+                self.send_piece(before, line).await?;
             }
         }
         Ok(waiting)
     }
 
-    async fn send_piece(&self, piece: Vec<u8>, answer: &Answer<v1::GetProfileResponse>) -> Result<(), ServeError> {
+    async fn send_piece(&self, piece: Vec<u8>, line: &Line) -> Result<(), ServeError> {
+        line.behind.turn().await;
         self.metrics.profile_sent(piece.len() as u64);
-        answer.send(v1::GetProfileResponse { part: Some(Part::Packed(piece)) }).await
+        line.answer.send(v1::GetProfileResponse { part: Some(Part::Packed(piece)) }).await
     }
 }
 

@@ -4,18 +4,19 @@ use std::collections::HashSet;
 use std::net::IpAddr;
 use std::sync::Arc;
 
+use futures::{StreamExt, TryStreamExt};
 use millstream_oci::Digest;
 use millstream_profile::run::MAX_LAYERS;
 use millstream_profile::{PageRun, Profile, ProfileLayer, Recording};
 use millstream_wire::millstream::v1;
 use tonic::Response;
 
-use super::{Caller, Inner};
+use super::{Caller, Inner, LOOK_UPS};
 use crate::ServeError;
 use crate::answer::{Answer, Reply, stream};
 use crate::metrics::{ProfileAnswer, RecordingResult};
-use crate::profiles::{Found, ImageKey, Wanted, plan_message};
-use crate::store::ImageRecord;
+use crate::profiles::{Found, ImageKey, Line, Wanted, plan_message};
+use crate::store::{ImageRecord, StoreError};
 
 impl Inner {
     pub(super) async fn get_profile(
@@ -25,6 +26,8 @@ impl Inner {
     ) -> Result<Response<Reply<v1::GetProfileResponse>>, ServeError> {
         let permit = self.limits.admit(peer)?;
         let local = local_layers(&request.local_layers)?;
+        let manifest = request.scope.as_ref().map_or("", |scope| &scope.manifest_digest);
+        let behind = self.tables.behind(peer, manifest);
         let caller = self.authorise(peer, request.scope).await?;
         let unknown = || ServeError::NotFound { what: format!("nothing is known of what {} reads", caller.image) };
         let image = match self.image(&caller).await {
@@ -46,7 +49,7 @@ impl Inner {
         Ok(stream(permit, async move |answer: Answer<v1::GetProfileResponse>| {
             answer.send(plan_message(&kept, pack.is_some())).await?;
             match pack {
-                Some(pack) => self.profiles.send(&key, pack, &local, &answer).await,
+                Some(pack) => self.profiles.send(&key, pack, &local, Line { answer, behind }).await,
                 None => Ok(()),
             }
         }))
@@ -82,14 +85,18 @@ impl Inner {
     }
 
     async fn wanted(&self, caller: &Caller, image: &ImageRecord) -> Result<Wanted, ServeError> {
-        let mut layers: Vec<ProfileLayer> = Vec::new();
+        let mut digests: Vec<Digest> = Vec::new();
         for layer in image.layers.iter().filter(|layer| layer.is_ready()) {
-            if layers.iter().all(|known| known.digest != layer.digest)
-                && let Some(record) = self.store.layer(&layer.digest).await?
-            {
-                layers.push(ProfileLayer { digest: layer.digest, toc: record.toc });
+            if !digests.contains(&layer.digest) {
+                digests.push(layer.digest);
             }
         }
+        let look_up = async |digest| {
+            let record = self.store.layer(&digest).await?;
+            Ok::<_, StoreError>(record.map(|record| ProfileLayer { digest, toc: record.toc }))
+        };
+        let layers: Vec<_> = futures::stream::iter(digests).map(look_up).buffered(LOOK_UPS).try_collect().await?;
+        let layers = layers.into_iter().flatten().collect();
         let (key, platform) = (ImageKey::of(image), caller.platform.clone());
         Ok(Wanted { key, platform, layers, source: Arc::clone(&caller.repository) as _ })
     }

@@ -2,6 +2,7 @@
 
 use std::path::PathBuf;
 
+use futures::StreamExt;
 use millstream_profile::proof::{proof_len, verify};
 use millstream_profile::{PAGE_SIZE, Profile, ProfileLayer, pieces};
 use millstream_server::{ContentOptions, ProfileOptions};
@@ -241,6 +242,47 @@ async fn damage_is_found(server: &Server, scope: &Scope, object: &Path, known: &
         std::fs::write(object, &bytes).unwrap();
         server.pages(scope, runs).await;
     }
+}
+
+#[tokio::test(flavor = "multi_thread")]
+async fn pages_come_behind_the_tables_of_the_same_pull() {
+    let Some(registry) = Registry::start() else { return };
+    let state = tempfile::tempdir().unwrap();
+    let layers = sample_layers();
+    let manifest = push(&registry, "team/app", "v1", &layers);
+    let known = known_sample(&layers);
+    let name = format!("{}/team/app", registry.host());
+    let scope = scope(&name, manifest);
+    let server = Server::start(state.path(), ServiceOptions::default()).await;
+    server.import(&format!("{name}:v1"), None).await.unwrap();
+    let runs = some_runs(&known);
+    assert!(server.record(&scope, &known.each_ref().map(Known::layer), &runs).await.unwrap());
+    server.pages(&scope, &runs).await;
+    drop(server);
+
+    let service = Server::service(state.path(), ServiceOptions::default());
+    let tables = || async {
+        let asked = GetImageRequest { scope: Some(scope.clone()), known_layers: Vec::new() };
+        service.get_image(tonic::Request::new(asked)).await.unwrap().into_inner()
+    };
+    let pages = || async {
+        let mut pages =
+            service.get_profile(tonic::Request::new(asking(&scope, true, &[]))).await.unwrap().into_inner();
+        let plan = pages.next().await.unwrap().unwrap();
+        assert!(matches!(plan.part, Some(ProfilePart::Plan(_))), "the plan does not wait");
+        pages
+    };
+    let untaken = tables().await;
+    let mut behind = pages().await;
+    let early = tokio::time::timeout(Duration::from_millis(200), behind.next()).await;
+    assert!(early.is_err(), "pages before the tables were taken");
+    assert!(untaken.collect::<Vec<_>>().await.iter().all(Result::is_ok));
+    let first = tokio::time::timeout(Duration::from_millis(500), behind.next()).await.unwrap().unwrap().unwrap();
+    assert!(matches!(first.part, Some(ProfilePart::Packed(_))));
+
+    let _never_taken = tables().await;
+    let all = tokio::time::timeout(Duration::from_secs(10), pages().await.collect::<Vec<_>>()).await.unwrap();
+    assert!(all.iter().all(Result::is_ok) && !all.is_empty(), "a caller who sleeps holds nobody up for ever");
 }
 
 #[tokio::test(flavor = "multi_thread")]
