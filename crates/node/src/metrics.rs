@@ -163,7 +163,7 @@ impl Gathered {
             self.images.damages.counts().into_iter().map(|(code, _, found)| ("code", code, found)).collect();
         let failures: Vec<_> =
             fetcher.failures().into_iter().map(|(kind, count)| ("code", kind.code(), count)).collect();
-        let rows: [Row<'_>; 9] = [
+        let rows: [Row<'_>; 10] = [
             (
                 "fetched",
                 "Bytes received, by what for: compressed bytes of layers for readers, ahead of readers and for hydration, \
@@ -206,6 +206,13 @@ impl Gathered {
                 &[("", "", space.evicted())],
             ),
             ("store_refused", "Times that content could not be stored, by why.", None, MetricType::Counter, &refused),
+            (
+                "requests_hedged",
+                "Requests to the registry that were sent once more for a reader because the answer was late.",
+                None,
+                MetricType::Counter,
+                &[("", "", counters.hedged)],
+            ),
             (
                 "digest_mismatches",
                 "Times a source gave bytes that do not match their digest.",

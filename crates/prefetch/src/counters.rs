@@ -25,6 +25,8 @@ pub struct Counters {
     pub shared_bytes: u64,
     /// Requests for compressed bytes and for content.
     pub requests: u64,
+    /// Requests that were sent once more for a reader because the answer was late.
+    pub hedged: u64,
     /// Times a source gave bytes that do not match their digest.
     pub digest_mismatches: u64,
     /// Requests under way now.
@@ -50,6 +52,7 @@ pub(crate) struct Tally {
     content: AtomicU64,
     shared: AtomicU64,
     requests: AtomicU64,
+    hedged: AtomicU64,
     mismatches: AtomicU64,
     failures: Mutex<BTreeMap<ErrorKind, u64>>,
 }
@@ -79,6 +82,10 @@ impl Tally {
         self.requests.fetch_add(1, Ordering::Relaxed);
     }
 
+    pub(crate) fn hedge(&self) {
+        self.hedged.fetch_add(1, Ordering::Relaxed);
+    }
+
     pub(crate) fn mismatch(&self) {
         self.mismatches.fetch_add(1, Ordering::Relaxed);
     }
@@ -103,6 +110,7 @@ impl Tally {
             content_bytes: load(&self.content),
             shared_bytes: load(&self.shared),
             requests: load(&self.requests),
+            hedged: load(&self.hedged),
             digest_mismatches: load(&self.mismatches),
             active: active as u64,
         }

@@ -2,17 +2,20 @@
 
 use std::future::Future;
 use std::ops::Range;
+use std::pin::pin;
 use std::sync::Arc;
 use std::time::Duration;
 
 use bytes::Bytes;
+use futures::FutureExt;
 use millstream_chunkstore::Layer;
-use millstream_source::{ByteStream, ContentSource, ErrorKind, SourceError};
+use millstream_source::{ByteStream, ContentSource, ErrorKind, Priority, SourceError};
 use millstream_toc::format::SpanIx;
 use millstream_toc::read::Chunk;
 use millstream_toc::span::{SpanError, SpanExtractor};
 use millstream_toc::{BlobRange, DataRange, Toc};
 use tokio::sync::mpsc;
+use tokio::time::Instant;
 
 use crate::attached::ImageSources;
 use crate::deliver::{ChunkSink, toc_failed};
@@ -36,7 +39,7 @@ pub(crate) struct Attempt<'a> {
     pub(crate) sink: &'a Arc<dyn ChunkSink>,
 }
 
-impl Attempt<'_> {
+impl<'a> Attempt<'a> {
     /// Fetches `spans`, which lie at `blob`, decompresses them as they arrive and hands on every chunk that matches.
     pub(crate) async fn try_blob(
         self,
@@ -51,13 +54,14 @@ impl Attempt<'_> {
             permit.served();
             return Ok(());
         }
-        let (digest, idle) = (layer.digest(), shared.options.idle_timeout);
+        let idle = shared.options.idle_timeout;
         shared.tally.request();
-        let body = bounded(idle, "first byte of a blob", image.blob.read(&digest, blob));
+        let body = self.open(image, blob);
         let window = shared.windows.get(layer, spans.start, &*image.windows, &shared.tally);
         let window = bounded(idle, "window of a span", window);
         let first = async { tokio::try_join!(body, window) };
-        let (body, window) = permit.hear(shared.options.starvation, first).await?;
+        let ((body, other), window) = permit.hear(shared.options.starvation, first).await?;
+        let permit = other.unwrap_or(permit);
 
         let (pieces, received) = mpsc::channel(PIECES);
         let (toc, sink, extracted) = (layer.toc().clone(), sink.clone(), spans.clone());
@@ -69,6 +73,49 @@ impl Attempt<'_> {
         self.check_complete(spans)?;
         permit.served();
         Ok(())
+    }
+
+    /// Asks for the bytes; where a reader waits and no answer comes for longer than most took lately, once more, and takes what
+    /// comes first. Gives the permit of the second request if that is what it took.
+    async fn open(
+        self,
+        image: &ImageSources,
+        blob: BlobRange,
+    ) -> Result<(ByteStream, Option<Permit<'a>>), SourceError> {
+        let Self { shared, layer, urgency, .. } = self;
+        let (digest, hedge) = (layer.digest(), &shared.hedge);
+        let ask = async || {
+            let begun = Instant::now();
+            let read = image.blob.read(&digest, blob);
+            let body = bounded(shared.options.idle_timeout, "first byte of a blob", read).await?;
+            hedge.answered(begun.elapsed());
+            Ok(body)
+        };
+        let late = async {
+            match hedge.patience() {
+                Some(patience) => tokio::time::sleep(patience).await,
+                None => std::future::pending().await,
+            }
+        };
+        let mut first = pin!(ask());
+        tokio::select! {
+            body = &mut first => return Ok((body?, None)),
+            () = late => {}
+        }
+        if urgency.priority() != Priority::Demand || !hedge.take() {
+            return Ok((first.await?, None));
+        }
+        shared.tally.hedge();
+        let second = async {
+            let permit = shared.gate.acquire(&Urgency::new(Priority::Demand, layer.number())).await?;
+            shared.tally.request();
+            Ok((ask().await?, Some(permit)))
+        };
+        let first = async { Ok((first.await?, None)) };
+        // The error of the one that fails last, if both do.
+        futures::future::select_ok([first.left_future(), second.right_future()].map(Box::pin))
+            .await
+            .map(|(opened, _)| opened)
     }
 
     /// Passes the `left` bytes of the body on, piece by piece. Ends early, without an error, when nobody takes the pieces any

@@ -21,6 +21,7 @@ use crate::ensure::{Halves, missing};
 use crate::extract::{Attempt, bounded};
 use crate::flight;
 use crate::gate::{Gate, Urgency};
+use crate::hedge::Hedge;
 use crate::hydrate::{Hydration, Progress};
 use crate::options::FetchOptions;
 use crate::parts::PartSize;
@@ -48,6 +49,8 @@ pub(crate) struct Shared {
     pub(crate) options: FetchOptions,
     pub(crate) gate: Gate,
     pub(crate) tally: Tally,
+    /// Of requests ahead of hydration.
+    pub(crate) hedge: Hedge,
     pub(crate) windows: Windows,
     pub(crate) edges: Arc<Edges>,
     pub(crate) turns: Turns,
@@ -95,6 +98,7 @@ impl Fetcher {
                 Gate::new(limits)
             },
             tally: Tally::default(),
+            hedge: Hedge::default(),
             windows: Windows::new(options.window_cache, options.window_batch),
             edges: Arc::new(Edges::new(options.edge_cache)),
             turns: Turns::default(),

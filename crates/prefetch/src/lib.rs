@@ -12,6 +12,7 @@ mod extract;
 mod fetcher;
 mod flight;
 mod gate;
+mod hedge;
 mod hydrate;
 mod landing;
 mod lanes;

@@ -4,7 +4,7 @@
 mod fixture;
 
 use std::sync::atomic::Ordering;
-use std::time::Duration;
+use std::time::{Duration, Instant};
 
 use fixture::{Double, World, eventually, image, options};
 use millstream_chunkstore::StoreOptions;
@@ -42,6 +42,35 @@ async fn eight_readers_of_a_cold_range_are_one_fetch() {
     assert!(requests[0].len() < image.blob.len() as u64 / 2);
     assert_eq!(source.window_requests.load(Ordering::SeqCst), 1);
     world.check();
+}
+
+#[tokio::test(flavor = "multi_thread", worker_threads = 2)]
+async fn a_late_answer_is_asked_for_once_more_and_few_are() {
+    let image = image(1);
+    let world = World::simple(&image);
+    let source = Double::new(&image);
+    world.attach(source.sources());
+    let range = DataRange::with_len(world.file(1).start + (2 << 20), 10_000);
+    // Not stored: each is a request.
+    let read = async || {
+        let begun = Instant::now();
+        world.fetcher.fetch_unstored(&image.digest, range).await.unwrap();
+        begun.elapsed()
+    };
+    let later = Duration::from_secs(5);
+    *source.late.lock().unwrap() = Some((100, later));
+    for _ in 0..120 {
+        assert!(read().await < later);
+    }
+    assert_eq!((world.fetcher.counters().hedged, source.requests().len()), (1, 121));
+    // When all are late, asking twice would only make them later.
+    *source.late.lock().unwrap() = Some((1, Duration::from_millis(40)));
+    for _ in 0..100 {
+        read().await;
+    }
+    let hedged = world.fetcher.counters().hedged;
+    assert!(hedged <= source.requests().len() as u64 / 50, "{hedged}");
+    assert_eq!(world.fetcher.counters().requests, source.requests().len() as u64);
 }
 
 #[tokio::test(flavor = "multi_thread", worker_threads = 2)]

@@ -651,11 +651,7 @@ fn refused(span: &Span, error: ServeError) -> Status {
 }
 
 /// Sends one TOC as it lies in the store.
-async fn send_toc(
-    layer: &Digest,
-    mut pieces: Pieces,
-    answer: &Answer<v1::GetImageResponse>,
-) -> Result<(), ServeError> {
+async fn send_toc(layer: &Digest, mut pieces: Pieces, answer: &Answer<v1::GetImageResponse>) -> Result<(), ServeError> {
     let message = |packed: Vec<u8>, last| {
         let toc = v1::TocPart { layer: layer.to_string(), packed, last };
         v1::GetImageResponse { part: Some(Part::Toc(toc)) }

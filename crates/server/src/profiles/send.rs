@@ -69,12 +69,7 @@ impl Profiles {
         sent
     }
 
-    async fn send_whole(
-        &self,
-        head: &PackHead,
-        mut packed: Pieces,
-        line: &Line,
-    ) -> Result<(), ServeError> {
+    async fn send_whole(&self, head: &PackHead, mut packed: Pieces, line: &Line) -> Result<(), ServeError> {
         let mut check = Check::new(head);
         let mut waiting: Vec<u8> = Vec::new();
         while let Some(piece) = packed.try_next().await? {
@@ -110,11 +105,7 @@ impl Profiles {
     }
 
     /// Sends all messages but the last one, which it gives back.
-    async fn forward(
-        &self,
-        mut filtered: mpsc::Receiver<Vec<u8>>,
-        line: &Line,
-    ) -> Result<Vec<u8>, ServeError> {
+    async fn forward(&self, mut filtered: mpsc::Receiver<Vec<u8>>, line: &Line) -> Result<Vec<u8>, ServeError> {
         let mut waiting = Vec::new();
         while let Some(piece) = filtered.recv().await {
             let before = std::mem::replace(&mut waiting, piece);

@@ -266,8 +266,7 @@ async fn pages_come_behind_the_tables_of_the_same_pull() {
         service.get_image(tonic::Request::new(asked)).await.unwrap().into_inner()
     };
     let pages = || async {
-        let mut pages =
-            service.get_profile(tonic::Request::new(asking(&scope, true, &[]))).await.unwrap().into_inner();
+        let mut pages = service.get_profile(tonic::Request::new(asking(&scope, true, &[]))).await.unwrap().into_inner();
         let plan = pages.next().await.unwrap().unwrap();
         assert!(matches!(plan.part, Some(ProfilePart::Plan(_))), "the plan does not wait");
         pages
