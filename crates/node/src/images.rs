@@ -292,8 +292,8 @@ impl NodeImages {
             ImageDecision::Deferred(_) => return Ok(Plan { decision, record }),
         };
         let taken = self.take_tables(wanted.image.name(), record.clone(), lazy, tocs, origin).await?;
-        if taken.is_ok() {
-            self.replay(&record, profile);
+        if let Ok(stop) = &taken {
+            self.replay(&record, profile, stop.is_none() && lazy == record.layers.len());
         }
         let decision = match taken {
             Ok(None) => decision,
@@ -427,6 +427,11 @@ impl NodeImages {
         let live = plans.values().filter(|slot| now.duration_since(slot.used) < PLAN_LIFE);
         let records = live.filter_map(|slot| slot.plan.get()).flat_map(|plan| &plan.record.layers);
         records.map(|layer| layer.digest).collect()
+    }
+
+    /// What all work of this node is done on.
+    pub(crate) const fn runtime(&self) -> &tokio::runtime::Handle {
+        &self.runtime
     }
 
     /// Tasks of the runtime that all work of this node is done on.

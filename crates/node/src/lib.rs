@@ -41,5 +41,6 @@ pub mod supervisor;
 mod sync;
 pub mod upgrade;
 pub mod views;
+pub mod warm;
 pub mod worker;
 pub mod workers;

@@ -6,7 +6,7 @@ use std::time::Duration;
 use anyhow::{Context, anyhow};
 use clap::Parser;
 use millstream_node::program::read_settings;
-use millstream_node::{service, supervisor, upgrade, worker};
+use millstream_node::{service, supervisor, upgrade, warm, worker};
 use millstream_settings::arguments::{NodeArguments, NodeCommand};
 use millstream_settings::node::Settings;
 use millstream_settings::{LogFormat, LogSettings};
@@ -29,8 +29,10 @@ fn main() -> std::process::ExitCode {
 fn run() -> anyhow::Result<()> {
     millstream_sys::heap::keep_little();
     let arguments = NodeArguments::parse();
-    if matches!(arguments.command, Some(NodeCommand::Worker)) {
-        return work();
+    match &arguments.command {
+        Some(NodeCommand::Worker) => return work(),
+        Some(NodeCommand::Warm { view }) => return warm::read_ahead(view),
+        _ => {}
     }
     let config = arguments.config.as_deref();
     let text = read_settings(config)?;

@@ -399,6 +399,7 @@ mod tests {
             embedded: None,
             docker_config: None,
             profiles: true,
+            record_one_in: 1,
             metrics: metrics.clone(),
         };
         let catalog = Catalog::open(db).unwrap();

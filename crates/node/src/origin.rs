@@ -29,6 +29,8 @@ pub struct Origins {
     pub docker_config: Option<PathBuf>,
     /// Whether what starts of images read is recorded and brought ahead.
     pub profiles: bool,
+    /// Of so many starts for which something is brought, one is recorded; with the others it is read ahead.
+    pub record_one_in: u32,
     /// Counts requests for content.
     pub metrics: NodeMetrics,
 }

@@ -49,7 +49,7 @@ struct State {
     next: u64,
     /// Layers with higher numbers are new to this worker, so that the kernel has nothing of them in its cache yet,
     old: u32,
-    /// but these, which starts have read from since.
+    /// but these, which starts have read from since, or which were read ahead of one.
     read: HashSet<u32>,
 }
 
@@ -120,6 +120,19 @@ impl Recorder {
         }
     }
 
+    /// Somebody else than a start reads from `layers`: what is read of them says nothing from now on, also to those that run.
+    pub fn not_fresh(&self, layers: impl Iterator<Item = u32>) {
+        let mut state = self.state();
+        let State { sessions, read, .. } = &mut *state;
+        for layer in layers {
+            read.insert(layer);
+            for session in &mut *sessions {
+                let known = session.layers.iter().zip(&mut session.fresh).filter(|(known, _)| known.number == layer);
+                known.for_each(|(_, fresh)| *fresh = false);
+            }
+        }
+    }
+
     /// Records a start that is about to read from `layers`. `None` where that would teach nothing: all of them were read before,
     /// the same is being recorded, or too much is.
     #[must_use]
@@ -155,7 +168,7 @@ pub struct Running {
 }
 
 impl Running {
-    /// Waits until the start is over, and gives what it read; `None` when that was nothing.
+    /// Waits until the start is over, and gives what it read; `None` when that was nothing, or says nothing.
     pub async fn over(self) -> Option<Recording> {
         loop {
             let end = self.recorder.state().sessions.iter().find(|session| session.id == self.id)?.end();
@@ -165,7 +178,7 @@ impl Running {
             tokio::time::sleep_until(end).await;
         }
         let session = self.take()?;
-        if session.runs.is_empty() {
+        if session.runs.is_empty() || !session.fresh.contains(&true) {
             return None;
         }
         let layers = session.layers.iter().map(|layer| layer.layer).collect();
@@ -253,6 +266,13 @@ mod tests {
         recorder.touch(6, pages(0, 1));
         assert_eq!(running.over().await.unwrap().fresh, [false, true]);
         assert!(recorder.begin(vec![layer(6)]).is_none(), "read before");
+        let (running, other) =
+            (recorder.begin(vec![layer(8), layer(9)]).unwrap(), recorder.begin(vec![layer(8)]).unwrap());
+        recorder.not_fresh([8].into_iter());
+        recorder.touch(8, pages(0, 1));
+        assert_eq!(running.over().await.unwrap().fresh, [false, true]);
+        assert!(other.over().await.is_none(), "read by somebody else");
+        assert!(recorder.begin(vec![layer(8)]).is_none());
         let running = recorder.begin(vec![layer(7)]).unwrap();
         assert!(running.over().await.is_none(), "nothing was read");
         assert!(recorder.begin(vec![layer(7)]).is_some(), "so that it is still fresh");

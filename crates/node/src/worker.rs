@@ -179,6 +179,7 @@ async fn work(settings: &Settings, inherited: Inheritance) -> anyhow::Result<()>
         embedded: embedded.clone(),
         docker_config,
         profiles: settings.fetch.profiles,
+        record_one_in: settings.fetch.record_one_in,
         metrics: metrics.clone(),
     };
 

@@ -48,6 +48,14 @@ pub struct AskedProfile {
     pub local: Vec<Digest>,
     /// The answer; dropping it takes the request back.
     pub answer: BoxFuture<'static, Result<ServedProfile, SourceError>>,
+    /// Who is told of pages as they come to the store, in their order; dropped when no more come.
+    pub sink: Option<Arc<dyn PageSink>>,
+}
+
+/// Is told of pages. Called from a thread that has more to do; must not block.
+pub trait PageSink: Send + Sync + std::fmt::Debug {
+    /// These `pages` of `chunk` can be read.
+    fn came(&self, layer: &Arc<Layer>, chunk: Chunk, pages: Mask);
 }
 
 impl std::fmt::Debug for AskedProfile {
@@ -206,9 +214,10 @@ impl Shared {
         let layers = known_layers(&served.plan, image, &asked.local)?;
         let pieces = all_pieces(&served.plan, &layers)?;
         let replay = Arc::new(Replay::new(&layers, &pieces));
-        let Some(packed) = served.packed else { return self.fetch_in_order(&layers, &pieces).await };
+        let sink = asked.sink.as_deref();
+        let Some(packed) = served.packed else { return self.fetch_in_order(&layers, &pieces, sink).await };
         let _ending = Ending::begin(Arc::clone(&replay), &layers, &self.replaying);
-        self.take_stream(packed, &layers, pieces, &replay).await
+        self.take_stream(packed, &layers, pieces, &replay, asked.sink).await
     }
 
     /// Takes the stream apart as it comes.
@@ -218,10 +227,11 @@ impl Shared {
         layers: &[Option<Arc<Attached>>],
         pieces: Vec<Piece>,
         replay: &Arc<Replay>,
+        sink: Option<Arc<dyn PageSink>>,
     ) -> Result<(), SourceError> {
         let (sender, received) = mpsc::channel(PIECES);
         let (layers, replay) = (layers.to_vec(), Arc::clone(replay));
-        let taken = self.runtime.spawn_blocking(move || take(received, &layers, &pieces, &replay));
+        let taken = self.runtime.spawn_blocking(move || take(received, &layers, &pieces, &replay, sink.as_deref()));
         let mut packed = Paced::new(packed, self.options.idle_timeout);
         let pumped = async {
             while let Some(piece) = packed.next().await? {
@@ -248,29 +258,36 @@ impl Shared {
         self: &Arc<Self>,
         layers: &[Option<Arc<Attached>>],
         pieces: &[Piece],
+        sink: Option<&dyn PageSink>,
     ) -> Result<(), SourceError> {
         // Together they are no more than the plan is.
-        let batches: Vec<(Arc<Attached>, Vec<Chunk>)> = batches(pieces)
-            .filter_map(|batch| {
-                let attached = layers[batch.first()?.layer].clone()?;
-                Some((attached, batch.iter().map(|piece| piece.chunk).collect()))
-            })
-            .collect();
-        let fetch = |(attached, chunks)| self.fetch_batch(attached, chunks);
+        let batches: Vec<(Arc<Attached>, &[Piece])> =
+            batches(pieces).filter_map(|batch| Some((layers[batch.first()?.layer].clone()?, batch))).collect();
+        let fetch = async |(attached, batch): (Arc<Attached>, &[Piece])| {
+            let chunks = batch.iter().map(|piece| piece.chunk).collect();
+            self.fetch_batch(&attached, chunks).await.map(|()| (attached, batch.to_vec()))
+        };
         let mut fetched = std::pin::pin!(futures::stream::iter(batches).map(fetch).buffered(BATCHES));
         while let Some(batch) = fetched.next().await {
-            batch?;
+            let (attached, batch) = batch?;
+            if let Some(sink) = sink {
+                batch.iter().for_each(|piece| sink.came(&attached.layer, piece.chunk, piece.pages));
+            }
         }
         Ok(())
     }
 
-    async fn fetch_batch(self: &Arc<Self>, attached: Arc<Attached>, mut chunks: Vec<Chunk>) -> Result<(), SourceError> {
+    async fn fetch_batch(
+        self: &Arc<Self>,
+        attached: &Arc<Attached>,
+        mut chunks: Vec<Chunk>,
+    ) -> Result<(), SourceError> {
         chunks.sort_unstable();
         chunks.dedup();
         chunks.retain(|chunk| !attached.layer.has(chunk.ix) && !attached.will_be_shared(chunk.data));
         let (Some(first), Some(last)) = (chunks.first(), chunks.last()) else { return Ok(()) };
         let range = DataRange::new(first.data.start, last.data.end);
-        let flights = self.join(&attached, &chunks, Priority::Prefetch, Halves::Joined)?;
+        let flights = self.join(attached, &chunks, Priority::Prefetch, Halves::Joined)?;
         let fetched = flight::wait(&flights, range);
         attached.cancel.run_until_cancelled(fetched).await.unwrap_or(Ok(()))
     }
@@ -358,6 +375,7 @@ fn take(
     layers: &[Option<Arc<Attached>>],
     pieces: &[Piece],
     replay: &Replay,
+    sink: Option<&dyn PageSink>,
 ) -> Result<(), SourceError> {
     let malformed = |error: io::Error| {
         SourceError::new(ErrorKind::Malformed, format!("the pages of a startup profile cannot be read: {error}"))
@@ -374,6 +392,9 @@ fn take(
             && !attached.cancel.is_cancelled()
         {
             put(&attached.layer, piece, &bytes)?;
+            if let Some(sink) = sink {
+                sink.came(&attached.layer, piece.chunk, piece.pages);
+            }
         }
         taken += bytes.len() as u64;
         replay.came(taken);

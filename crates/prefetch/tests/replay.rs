@@ -74,7 +74,7 @@ impl ProfileSource for Server {
 
 fn ask(server: &Arc<Server>) -> AskedProfile {
     let server = server.clone();
-    AskedProfile { local: Vec::new(), answer: Box::pin(async move { server.profile(true, &[]).await }) }
+    AskedProfile { local: Vec::new(), answer: Box::pin(async move { server.profile(true, &[]).await }), sink: None }
 }
 
 struct Rig {

@@ -37,6 +37,12 @@ pub enum NodeCommand {
     /// Started by the supervisor only.
     #[command(hide = true)]
     Worker,
+    /// Started by a worker only.
+    #[command(hide = true)]
+    Warm {
+        /// Where an image is shown.
+        view: PathBuf,
+    },
 }
 
 /// Of `millstream-server`.

@@ -74,6 +74,9 @@ pub struct FetchSettings {
     pub sharing: bool,
     /// Whether it is recorded what starts of images read, and brought ahead of the next start.
     pub profiles: bool,
+    /// Of so many starts with a profile, at least 1, one is recorded. With the others the pages that come are read into the
+    /// kernel's page cache ahead of the program, which leaves nothing to record.
+    pub record_one_in: u32,
     /// Requests to registries and server under way at once, at least 2; one is kept for readers that wait.
     pub connections: usize,
     /// How long a read may wait for its bytes before it fails with EIO.
@@ -142,7 +145,14 @@ impl Default for ServerSettings {
 
 impl Default for FetchSettings {
     fn default() -> Self {
-        Self { hydration: true, sharing: true, profiles: true, connections: 8, read_deadline: Duration::from_secs(60) }
+        Self {
+            hydration: true,
+            sharing: true,
+            profiles: true,
+            record_one_in: 8,
+            connections: 8,
+            read_deadline: Duration::from_secs(60),
+        }
     }
 }
 
@@ -185,6 +195,10 @@ impl Schema for Settings {
         if connections < 2 {
             let reason = format!("is {connections}, but one connection is kept for readers: set at least 2");
             return Err(SettingsError::value("fetch.connections", reason));
+        }
+        if self.fetch.record_one_in == 0 {
+            let reason = "is 0: set 1 to have every start recorded, more to have fewer";
+            return Err(SettingsError::value("fetch.record_one_in", reason));
         }
         if self.decision_deadline.is_zero() || self.decision_deadline > MAX_DECISION {
             let reason = "must be between \"1ms\" and \"30s\": containerd holds a lock meanwhile";
@@ -269,6 +283,7 @@ mod tests {
             ("[log.level]\nx = 1", "line 1, column 1"),
             ("root = ", "line 1, column 8"),
             ("[fetch]\nconnections = 1", "fetch.connections in line 2: is 1, but one connection is kept"),
+            ("[fetch]\nrecord_one_in = 0", "fetch.record_one_in in line 2: is 0: set 1"),
             ("decision_deadline = \"2min\"", "containerd holds a lock"),
             ("root = \"relative\"", "absolute"),
             ("[server]\naddress = \"http://10.0.0.1:7443\"", "server.ca"),

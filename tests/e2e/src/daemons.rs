@@ -51,6 +51,9 @@ pub struct NodeOptions {
     pub hydration: bool,
     /// Whether it learns what starts of images read, and uses what is known.
     pub profiles: bool,
+    /// Of so many starts for which something is known, one is recorded; the others are helped. Not the default, so that tests are
+    /// not drawn by lot.
+    pub record_one_in: u32,
     /// How long a read may wait for its bytes.
     pub read_deadline: Duration,
     /// Further tables of the settings, as they stand in the file.
@@ -74,6 +77,7 @@ impl NodeOptions {
             containerd: None,
             hydration: true,
             profiles: true,
+            record_one_in: u32::MAX,
             read_deadline: Duration::from_secs(60),
             more: String::new(),
             metrics: None,
@@ -474,7 +478,7 @@ fn node_settings(dir: &Path, options: &NodeOptions) -> Result<String> {
     writeln!(text, "\n[containerd]\naddress = {:?}", options.containerd.as_deref().unwrap_or(Path::new("")))?;
     let deadline = options.read_deadline.as_millis();
     writeln!(text, "\n[fetch]\nhydration = {}\nread_deadline = \"{deadline}ms\"", options.hydration)?;
-    writeln!(text, "profiles = {}", options.profiles)?;
+    writeln!(text, "profiles = {}\nrecord_one_in = {}", options.profiles, options.record_one_in)?;
     if let Some(address) = options.metrics {
         writeln!(text, "\n[metrics]\nlisten = \"{address}\"")?;
     }

@@ -2,6 +2,7 @@
 
 #![allow(clippy::unwrap_used, missing_docs)]
 
+use std::os::unix::fs::FileExt as _;
 use std::time::Duration;
 
 use millstream_e2e::containerd::{Containerd, ContainerdOptions, Version};
@@ -15,6 +16,7 @@ use millstream_wire::millstream::v1 as wire;
 use millstream_wire::millstream::v1::decision::Outcome;
 use millstream_wire::millstream::v1::get_profile_response::Part;
 use millstream_wire::millstream::v1::images_client::ImagesClient;
+use rustix::process::{Pid, Signal, kill_process};
 use sha2::{Digest as _, Sha256};
 
 const DEADLINE: Duration = Duration::from_secs(60);
@@ -165,6 +167,56 @@ fn the_next_node_has_what_a_start_reads_before_it_is_read() {
     third.start(&mut stage, &image);
     await_verified(&third.node, &image).unwrap();
     third.end();
+}
+
+/// What a stopped worker cannot give: only what the kernel has is read.
+#[test]
+fn pages_are_in_the_page_cache_before_the_program_is_there() {
+    if !can_be_set(&[]) {
+        return;
+    }
+    let mut stage = Stage::set().unwrap();
+    let image = stage.publish("app", &image(1)).unwrap();
+    let mut first = fresh(&stage, false);
+    first.start(&mut stage, &image);
+    await_profile(&stage, &image);
+    first.end();
+
+    let mut second = fresh(&stage, false);
+    second.cri.pull(&image.reference, None).unwrap();
+    let warm = "what starts of the image read is in the page cache";
+    eventually("the pages in the page cache", DEADLINE, || {
+        std::fs::read_to_string(second.node.log()).is_ok_and(|log| log.contains(warm)).then_some(())
+    })
+    .unwrap();
+    let view = std::fs::read_dir(second.node.root().join("m")).unwrap().next().unwrap().unwrap().path();
+    let view = std::fs::File::open(view).unwrap();
+    let [worker] = second.node.workers()[..] else { panic!("one worker") };
+    let worker = Pid::from_raw(worker).unwrap();
+    kill_process(worker, Signal::STOP).unwrap();
+    let (told, read) = std::sync::mpsc::channel();
+    std::thread::spawn(move || {
+        // No look at its attributes: std asks for more of them than the kernel keeps.
+        let read = |name: &str, at: usize, len: usize| {
+            let flags = rustix::fs::OFlags::RDONLY;
+            let file = std::fs::File::from(rustix::fs::openat(&view, name, flags, rustix::fs::Mode::empty()).unwrap());
+            let mut bytes = vec![0; len];
+            file.read_exact_at(&mut bytes, at as u64).unwrap();
+            bytes
+        };
+        let pages = PAGES.into_iter().flat_map(|page| read("app/big", page * 4096, 4096));
+        let small = SMALL.into_iter().flat_map(|n| read(&format!("app/{n:03}"), 0, 3000));
+        let bytes: Vec<u8> = pages.chain(small).collect();
+        told.send(format!("{}  -\n", hex::encode(Sha256::digest(&bytes)))).unwrap();
+    });
+    let sum = read.recv_timeout(Duration::from_secs(10));
+    kill_process(worker, Signal::CONT).unwrap();
+    assert_eq!(sum.expect("a read that needs the worker"), expected());
+
+    // A start that was helped teaches nothing.
+    second.start(&mut stage, &image);
+    second.end();
+    assert_eq!(profile(&stage, &image).unwrap().0.recordings, 1);
 }
 
 #[test]

@@ -14,6 +14,7 @@ use super::{MAX_KNOWN_LAYERS, NodeImages};
 use crate::catalog::ImageRecord;
 use crate::origin::Origin;
 use crate::recorder::Recorded;
+use crate::warm::Warmer;
 
 /// Images with the same layers that are told of one start, at most: other tags, other repositories.
 const TOLD: usize = 4;
@@ -30,13 +31,16 @@ impl NodeImages {
         let answer = async move {
             asked.await.unwrap_or_else(|error| Err(SourceError::new(ErrorKind::Local, format!("asking: {error}"))))
         };
-        Some(AskedProfile { local, answer: Box::pin(answer) })
+        Some(AskedProfile { local, answer: Box::pin(answer), sink: None })
     }
 
-    /// Has the fetcher bring it.
-    pub(super) fn replay(&self, record: &ImageRecord, asked: Option<AskedProfile>) {
-        if let Some(asked) = asked {
+    /// Has the fetcher bring it. `whole` says that all layers are lazy.
+    pub(super) fn replay(self: &Arc<Self>, record: &ImageRecord, asked: Option<AskedProfile>, whole: bool) {
+        if let Some(mut asked) = asked {
             let layers: Vec<Digest> = record.layers.iter().map(|layer| layer.digest).collect();
+            if whole {
+                asked.sink = Warmer::new(self, &record.image, layers.clone()).map(|warmer| warmer as _);
+            }
             self.fetcher.replay(record.image.clone(), &layers, asked);
         }
     }

@@ -175,6 +175,8 @@ impl Subject {
                 options.metrics = Some(free_address()?);
                 // The server may have learned one from another subject.
                 options.profiles = known != Known::Indexed;
+                // As the daemon has it by itself.
+                options.record_one_in = 8;
                 options.log_level = "info";
                 Ok(Daemon::Millstream(Box::new(Node::start(&rig.work, &options)?)))
             }
