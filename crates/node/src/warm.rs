@@ -72,7 +72,7 @@ impl Warmer {
     /// For an image whose layers are all lazy; `None` where it is this start's turn to be recorded.
     pub(crate) fn new(images: &Arc<NodeImages>, image: &str, run: Vec<Digest>) -> Option<Arc<Self>> {
         // A fresh state gives a fresh number each time.
-        let turn = RandomState::new().hash_one(image) % u64::from(images.origins.record_one_in.max(1)) == 0;
+        let turn = RandomState::new().hash_one(image).is_multiple_of(images.origins.record_one_in.max(1).into());
         (!turn)
             .then(|| Arc::new(Self { images: Arc::clone(images), image: image.to_owned(), run, came: OnceLock::new() }))
     }
