@@ -167,8 +167,9 @@ fn is_damage(error: &DatabaseError) -> bool {
     match error {
         DatabaseError::Storage(StorageError::Corrupted(_)) | DatabaseError::UpgradeRequired(_) => true,
         DatabaseError::Storage(StorageError::Io(error)) => {
-            matches!(error.kind(), io::ErrorKind::UnexpectedEof | io::ErrorKind::InvalidData)
-                || error.raw_os_error() == Some(Errno::IO.raw_os_error())
+            // The last one: beyond the end of what is in memory.
+            let kinds = [io::ErrorKind::UnexpectedEof, io::ErrorKind::InvalidData, io::ErrorKind::InvalidInput];
+            kinds.contains(&error.kind()) || error.raw_os_error() == Some(Errno::IO.raw_os_error())
         }
         _ => false,
     }

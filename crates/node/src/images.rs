@@ -16,7 +16,7 @@ use millstream_prefetch::{AskedProfile, Fetcher};
 use millstream_snapshots::{ImageDecision, PrepareOutcome, PrepareRequest, Reason, outcome};
 use millstream_source::{SourceError, names};
 use rustix::fs::StatVfsMountFlags;
-use tokio::sync::OnceCell;
+use tokio::sync::{OnceCell, Semaphore};
 use tracing::{info, warn};
 
 use crate::admission::{Admission, Turn};
@@ -30,6 +30,7 @@ use crate::origin::{Origin, Origins};
 use crate::recorder::Recorder;
 use crate::server_client::ServedLayer;
 use crate::views::Views;
+use crate::warm;
 
 pub use self::shared::{Reporter, SharedImages};
 
@@ -95,6 +96,8 @@ pub struct NodeImages {
     /// In which order layers are admitted, given back and removed.
     admission: Arc<Admission>,
     decisions: SyncSender<Decision>,
+    /// Processes that read ahead of programs.
+    warming: Arc<Semaphore>,
     runtime: tokio::runtime::Handle,
 }
 
@@ -124,6 +127,7 @@ impl NodeImages {
             lookup,
             deadline,
             plans: Mutex::default(),
+            warming: Arc::new(Semaphore::new(warm::PROCESSES)),
             runtime: tokio::runtime::Handle::current(),
         }
     }
@@ -427,6 +431,11 @@ impl NodeImages {
         let live = plans.values().filter(|slot| now.duration_since(slot.used) < PLAN_LIFE);
         let records = live.filter_map(|slot| slot.plan.get()).flat_map(|plan| &plan.record.layers);
         records.map(|layer| layer.digest).collect()
+    }
+
+    /// Places for processes that read ahead of programs.
+    pub(crate) const fn warming(&self) -> &Arc<Semaphore> {
+        &self.warming
     }
 
     /// What all work of this node is done on.

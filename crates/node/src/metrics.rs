@@ -188,7 +188,8 @@ impl Gathered {
             ),
             (
                 "reads",
-                "Reads of files by the kernel, by how they were answered; unstored: fetched and not kept; failed: with EIO.",
+                "Reads of files by the kernel, by how they were answered, also those that are made ahead of a program \
+                 (`fetch.record_one_in`); unstored: fetched and not kept; failed: with EIO.",
                 None,
                 MetricType::Counter,
                 &[

@@ -58,6 +58,8 @@ struct Session {
     id: u64,
     layers: Vec<Recorded>,
     fresh: Vec<bool>,
+    /// Layers that somebody else reads from, too.
+    mixed: Vec<bool>,
     seen: HashSet<(u32, u32)>,
     runs: Vec<PageRun>,
     begun: Instant,
@@ -68,6 +70,9 @@ struct Session {
 impl Session {
     fn touch(&mut self, number: u32, range: DataRange, now: Instant) -> bool {
         let Some(layer) = self.layers.iter().position(|layer| layer.number == number) else { return false };
+        if self.mixed[layer] {
+            return true;
+        }
         let layer = u32::try_from(layer).unwrap_or(u32::MAX);
         let page = |at: u64| u32::try_from(at).unwrap_or(u32::MAX);
         for page in page(range.start / PAGE_SIZE)..page(range.end.div_ceil(PAGE_SIZE)) {
@@ -120,15 +125,17 @@ impl Recorder {
         }
     }
 
-    /// Somebody else than a start reads from `layers`: what is read of them says nothing from now on, also to those that run.
+    /// Somebody else than a start reads from `layers`: what is read of them says nothing from now on, also to recordings under way.
     pub fn not_fresh(&self, layers: impl Iterator<Item = u32>) {
         let mut state = self.state();
         let State { sessions, read, .. } = &mut *state;
         for layer in layers {
             read.insert(layer);
             for session in &mut *sessions {
-                let known = session.layers.iter().zip(&mut session.fresh).filter(|(known, _)| known.number == layer);
-                known.for_each(|(_, fresh)| *fresh = false);
+                for at in (0..session.layers.len()).filter(|at| session.layers[*at].number == layer) {
+                    session.fresh[at] = false;
+                    session.mixed[at] = true;
+                }
             }
         }
     }
@@ -148,6 +155,7 @@ impl Recorder {
         state.next += 1;
         state.sessions.push(Session {
             id,
+            mixed: vec![false; layers.len()],
             layers,
             fresh,
             seen: HashSet::new(),
@@ -268,9 +276,12 @@ mod tests {
         assert!(recorder.begin(vec![layer(6)]).is_none(), "read before");
         let (running, other) =
             (recorder.begin(vec![layer(8), layer(9)]).unwrap(), recorder.begin(vec![layer(8)]).unwrap());
-        recorder.not_fresh([8].into_iter());
         recorder.touch(8, pages(0, 1));
-        assert_eq!(running.over().await.unwrap().fresh, [false, true]);
+        recorder.not_fresh([8].into_iter());
+        recorder.touch(8, pages(1, 9));
+        recorder.touch(9, pages(3, 4));
+        let recording = running.over().await.unwrap();
+        assert_eq!((recording.fresh, recording.read.numbers()), (vec![false, true], vec![0, 0, 1, 1, 3, 1]));
         assert!(other.over().await.is_none(), "read by somebody else");
         assert!(recorder.begin(vec![layer(8)]).is_none());
         let running = recorder.begin(vec![layer(7)]).unwrap();

@@ -7,7 +7,6 @@ use std::sync::Arc;
 use std::time::Duration;
 
 use bytes::Bytes;
-use futures::FutureExt;
 use millstream_chunkstore::Layer;
 use millstream_source::{ByteStream, ContentSource, ErrorKind, Priority, SourceError};
 use millstream_toc::format::SpanIx;
@@ -91,31 +90,43 @@ impl<'a> Attempt<'a> {
             hedge.answered(begun.elapsed());
             Ok(body)
         };
-        let late = async {
-            match hedge.patience() {
-                Some(patience) => tokio::time::sleep(patience).await,
-                None => std::future::pending().await,
+        let mut first = pin!(ask());
+        let permit = loop {
+            // While it is not known what late is, it is looked again now and then: others answer meanwhile.
+            let patience = hedge.patience().unwrap_or(shared.options.starvation);
+            match tokio::time::timeout(patience, &mut first).await {
+                Ok(body) => return Ok((body?, None)),
+                // A reader may join at any time.
+                Err(_) if urgency.priority() != Priority::Demand || hedge.patience().is_none() => {}
+                Err(_) => match self.second_slot() {
+                    Some(permit) => break permit,
+                    None => return Ok((first.await?, None)),
+                },
             }
         };
-        let mut first = pin!(ask());
-        tokio::select! {
-            body = &mut first => return Ok((body?, None)),
-            () = late => {}
-        }
-        if urgency.priority() != Priority::Demand || !hedge.take() {
-            return Ok((first.await?, None));
-        }
+        shared.tally.request();
         shared.tally.hedge();
-        let second = async {
-            let permit = shared.gate.acquire(&Urgency::new(Priority::Demand, layer.number())).await?;
-            shared.tally.request();
-            Ok((ask().await?, Some(permit)))
+        // One that fails leaves it to the other.
+        let opened = {
+            let mut second = pin!(permit.hear(shared.options.starvation, ask()));
+            tokio::select! {
+                body = &mut first => match body {
+                    Ok(body) => Ok((body, false)),
+                    Err(_) => second.await.map(|body| (body, true)),
+                },
+                body = &mut second => match body {
+                    Ok(body) => Ok((body, true)),
+                    Err(_) => first.await.map(|body| (body, false)),
+                },
+            }
         };
-        let first = async { Ok((first.await?, None)) };
-        // The error of the one that fails last, if both do.
-        futures::future::select_ok([first.left_future(), second.right_future()].map(Box::pin))
-            .await
-            .map(|(opened, _)| opened)
+        opened.map(|(body, second)| (body, second.then_some(permit)))
+    }
+
+    /// A slot for asking once more, if one is free now and it is not asked too often.
+    fn second_slot(self) -> Option<Permit<'a>> {
+        let permit = self.shared.gate.acquire_now(Priority::Demand, self.layer.number())?;
+        self.shared.hedge.take().then_some(permit)
     }
 
     /// Passes the `left` bytes of the body on, piece by piece. Ends early, without an error, when nobody takes the pieces any

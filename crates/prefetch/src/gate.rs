@@ -177,6 +177,12 @@ impl Gate {
         }
     }
 
+    /// A slot, if one can be had without waiting.
+    pub(crate) fn acquire_now(&self, priority: Priority, layer: u32) -> Option<Permit<'_>> {
+        let (permit, mut granted) = self.enqueue(priority, layer)?;
+        granted.try_recv().ok().map(|()| permit)
+    }
+
     /// Waits until no reader's request waits, or runs with something coming of it, but no longer than `bound`; gives the time that is left of it.
     pub(crate) async fn yield_to_demand(&self, bound: Duration) -> Duration {
         if bound.is_zero() || !*self.demand.borrow() {

@@ -37,4 +37,4 @@ pub use counters::{Counters, Queues};
 pub use fetcher::{FetchEvents, Fetcher};
 pub use hydrate::{HydrationState, Progress};
 pub use options::{FetchOptions, Jitter, RandomJitter};
-pub use replay::{AskedProfile, PageSink};
+pub use replay::{AskedProfile, ChooseSink, PageSink};

@@ -48,9 +48,13 @@ pub struct AskedProfile {
     pub local: Vec<Digest>,
     /// The answer; dropping it takes the request back.
     pub answer: BoxFuture<'static, Result<ServedProfile, SourceError>>,
-    /// Who is told of pages as they come to the store, in their order; dropped when no more come.
-    pub sink: Option<Arc<dyn PageSink>>,
+    /// Who is told of pages as they come to the store, in their order.
+    pub sink: Option<ChooseSink>,
 }
+
+/// Says who is told of the pages of a profile that is made of so many recordings (0: it was carried over from another image).
+/// Dropped when no more of them come.
+pub type ChooseSink = Box<dyn FnOnce(u32) -> Option<Arc<dyn PageSink>> + Send>;
 
 /// Is told of pages. Called from a thread that has more to do; must not block.
 pub trait PageSink: Send + Sync + std::fmt::Debug {
@@ -214,10 +218,12 @@ impl Shared {
         let layers = known_layers(&served.plan, image, &asked.local)?;
         let pieces = all_pieces(&served.plan, &layers)?;
         let replay = Arc::new(Replay::new(&layers, &pieces));
-        let sink = asked.sink.as_deref();
-        let Some(packed) = served.packed else { return self.fetch_in_order(&layers, &pieces, sink).await };
+        let sink = asked.sink.and_then(|choose| choose(served.recordings));
+        let Some(packed) = served.packed else {
+            return self.fetch_in_order(&layers, &pieces, sink.as_deref()).await;
+        };
         let _ending = Ending::begin(Arc::clone(&replay), &layers, &self.replaying);
-        self.take_stream(packed, &layers, pieces, &replay, asked.sink).await
+        self.take_stream(packed, &layers, pieces, &replay, sink).await
     }
 
     /// Takes the stream apart as it comes.
@@ -271,7 +277,8 @@ impl Shared {
         while let Some(batch) = fetched.next().await {
             let (attached, batch) = batch?;
             if let Some(sink) = sink {
-                batch.iter().for_each(|piece| sink.came(&attached.layer, piece.chunk, piece.pages));
+                let there = batch.iter().filter(|piece| attached.layer.has(piece.chunk.ix));
+                there.for_each(|piece| sink.came(&attached.layer, piece.chunk, piece.pages));
             }
         }
         Ok(())

@@ -63,6 +63,7 @@ async fn a_late_answer_is_asked_for_once_more_and_few_are() {
         assert!(read().await < later);
     }
     assert_eq!((world.fetcher.counters().hedged, source.requests().len()), (1, 121));
+    eventually("the end of the late request", || world.fetcher.counters().active == 0).await;
     // When all are late, asking twice would only make them later.
     *source.late.lock().unwrap() = Some((1, Duration::from_millis(40)));
     for _ in 0..100 {

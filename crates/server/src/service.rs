@@ -31,8 +31,10 @@ use crate::tables::Tables;
 
 mod startup;
 
-/// Records and tables of an image that are looked up at once: each is a round trip to the object store.
+/// Records of an image that are looked up at once: each is a round trip, where the object store is not on this disk.
 const LOOK_UPS: usize = 16;
+/// Tables that are open for one caller: the next one is there when one was sent, and each may be an open file.
+const OPEN: usize = 2;
 /// Bytes of a packed TOC in one message; gRPC clients take 4 MiB by default.
 const TOC_PIECE: usize = 1 << 20;
 /// Bytes of content in one message.
@@ -356,7 +358,7 @@ impl Inner {
         request: v1::GetImageRequest,
     ) -> Result<Response<Reply<v1::GetImageResponse>>, ServeError> {
         let permit = self.limits.admit(peer)?;
-        let under_way = request.scope.as_ref().map(|scope| self.tables.begin(peer, &scope.manifest_digest));
+        let under_way = manifest_of(request.scope.as_ref()).map(|manifest| self.tables.begin(peer, manifest));
         let caller = self.authorise(peer, request.scope).await?;
         let image = match self.image(&caller).await {
             Err(error @ ServeError::NotImported { .. }) => {
@@ -397,12 +399,14 @@ impl Inner {
             let _under_way = under_way;
             answer.send(v1::GetImageResponse { part: Some(Part::Image(head)) }).await?;
             let open = async |layer: Digest| Ok::<_, StoreError>((layer, self.store.toc(&layer).await?));
-            let mut opened = futures::stream::iter(to_send).map(open).buffered(LOOK_UPS);
+            let mut opened = futures::stream::iter(to_send).map(open).buffered(OPEN);
             while let Some((layer, toc)) = opened.try_next().await? {
                 let toc = toc.ok_or_else(|| ServeError::NotImported { image: layer.to_string() })?;
                 send_toc(&layer, toc, &answer).await?;
             }
-            answer.taken().await
+            // Whether or not they are taken, all were sent.
+            let _ = answer.taken().await;
+            Ok(())
         }))
     }
 
@@ -666,6 +670,11 @@ async fn send_toc(layer: &Digest, mut pieces: Pieces, answer: &Answer<v1::GetIma
         }
     }
     answer.send(message(waiting, true)).await
+}
+
+/// What a caller asks about, before it is known whether it may.
+fn manifest_of(scope: Option<&v1::Scope>) -> Option<ManifestDigest> {
+    scope?.manifest_digest.parse().ok()
 }
 
 fn peer<T>(request: &Request<T>) -> Option<IpAddr> {

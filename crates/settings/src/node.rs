@@ -74,7 +74,7 @@ pub struct FetchSettings {
     pub sharing: bool,
     /// Whether it is recorded what starts of images read, and brought ahead of the next start.
     pub profiles: bool,
-    /// Of so many starts with a profile, at least 1, one is recorded. With the others the pages that come are read into the
+    /// Of so many pulls with a profile, at least 1, the start of one is recorded. With the others the pages that come are read into the
     /// kernel's page cache ahead of the program, which leaves nothing to record.
     pub record_one_in: u32,
     /// Requests to registries and server under way at once, at least 2; one is kept for readers that wait.

@@ -240,9 +240,9 @@ impl Scene {
         if pulled.is_ok() {
             return Err("it was served".to_owned());
         }
+        await_decision(&self.node, &image, Outcome::Deferred, row.code).map_err(|error| format!("{error:#}"))?;
         let reason = self.reason(&image);
         println!("{} {:?}: {reason}", row.registry, row.answer);
-        await_decision(&self.node, &image, Outcome::Deferred, row.code).map_err(|error| format!("{error:#}"))?;
         if !reason.contains(row.reason) {
             return Err(format!("the reason is {reason:?}"));
         }

@@ -14,7 +14,7 @@ use super::{MAX_KNOWN_LAYERS, NodeImages};
 use crate::catalog::ImageRecord;
 use crate::origin::Origin;
 use crate::recorder::Recorded;
-use crate::warm::Warmer;
+use crate::warm;
 
 /// Images with the same layers that are told of one start, at most: other tags, other repositories.
 const TOLD: usize = 4;
@@ -39,7 +39,7 @@ impl NodeImages {
         if let Some(mut asked) = asked {
             let layers: Vec<Digest> = record.layers.iter().map(|layer| layer.digest).collect();
             if whole {
-                asked.sink = Warmer::new(self, &record.image, layers.clone()).map(|warmer| warmer as _);
+                asked.sink = Some(warm::choose(self, &record.image, layers.clone()));
             }
             self.fetcher.replay(record.image.clone(), &layers, asked);
         }

@@ -26,8 +26,6 @@ impl Inner {
     ) -> Result<Response<Reply<v1::GetProfileResponse>>, ServeError> {
         let permit = self.limits.admit(peer)?;
         let local = local_layers(&request.local_layers)?;
-        let manifest = request.scope.as_ref().map_or("", |scope| &scope.manifest_digest);
-        let behind = self.tables.behind(peer, manifest);
         let caller = self.authorise(peer, request.scope).await?;
         let unknown = || ServeError::NotFound { what: format!("nothing is known of what {} reads", caller.image) };
         let image = match self.image(&caller).await {
@@ -45,7 +43,7 @@ impl Inner {
             return Err(unknown());
         };
         self.metrics.profile(if pack.is_some() { ProfileAnswer::Pages } else { ProfileAnswer::Plan });
-        let key = ImageKey::of(&image);
+        let (key, behind) = (ImageKey::of(&image), self.tables.behind(peer, caller.digest));
         Ok(stream(permit, async move |answer: Answer<v1::GetProfileResponse>| {
             answer.send(plan_message(&kept, pack.is_some())).await?;
             match pack {
