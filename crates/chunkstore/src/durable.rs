@@ -115,7 +115,16 @@ pub(crate) fn remove_file(path: &Path) -> Result<(), StoreError> {
 
 /// Removes a directory with all that is in it; one that is not there is fine.
 pub(crate) fn remove_tree(path: &Path) -> Result<(), StoreError> {
-    ignore_absent(fs::remove_dir_all(path)).map_err(|e| StoreError::io("remove", path, e))
+    // Whoever has had it open may put a file into it that the removal has not seen: keys of contents, a presence file.
+    const TRIES: u32 = 8;
+    let mut removed = fs::remove_dir_all(path);
+    for _ in 1..TRIES {
+        match &removed {
+            Err(error) if error.kind() == io::ErrorKind::DirectoryNotEmpty => removed = fs::remove_dir_all(path),
+            _ => break,
+        }
+    }
+    ignore_absent(removed).map_err(|e| StoreError::io("remove", path, e))
 }
 
 fn ignore_absent(result: io::Result<()>) -> io::Result<()> {

@@ -11,6 +11,7 @@ use millstream_oci::{ChainId, ImageRef};
 use millstream_source::{ErrorKind, SourceError, names};
 use serde::{Deserialize, Serialize};
 use tokio::sync::Notify;
+use tokio::time::Instant;
 use tracing::{info, warn};
 
 use crate::catalog::{Catalog, Decision};
@@ -59,12 +60,17 @@ struct Waiting {
     image: Expected,
     /// Whether its top layer was seen; else an earlier worker has left it, and it may still be on its way.
     unpacked: bool,
+    /// Not begun before.
+    not_before: Instant,
 }
 
 /// The images to index.
 #[derive(Debug)]
 pub struct Indexer {
     catalog: Catalog,
+    /// How long an image is left alone after it was unpacked: its container starts then, and the lowest priority counts only within
+    /// one control group.
+    after: Duration,
     state: Mutex<State>,
     more: Notify,
 }
@@ -87,16 +93,17 @@ impl State {
 }
 
 impl Indexer {
-    /// Takes up what an earlier worker has left: whether the top layers were unpacked meanwhile is found out by trying.
+    /// Images are indexed `after` they were unpacked. Takes up what an earlier worker has left: whether the top layers were unpacked meanwhile is found out by trying.
     ///
     /// # Errors
     /// Those of the database.
-    pub fn new(catalog: Catalog) -> anyhow::Result<Self> {
+    pub fn new(catalog: Catalog, after: Duration) -> anyhow::Result<Self> {
         let left = catalog.to_index()?;
         let left = left.into_iter().map(|(name, IndexRecord { image, top, .. })| Expected { image, name, top });
-        let waiting = left.map(|image| Waiting { image, unpacked: false });
+        let not_before = Instant::now();
+        let waiting = left.map(|image| Waiting { image, unpacked: false, not_before });
         let state = State { expected: Vec::new(), queue: waiting.collect() };
-        Ok(Self { catalog, state: Mutex::new(state), more: Notify::new() })
+        Ok(Self { catalog, after, state: Mutex::new(state), more: Notify::new() })
     }
 
     fn state(&self) -> MutexGuard<'_, State> {
@@ -129,7 +136,8 @@ impl Indexer {
         let (ready, expected): (Vec<_>, Vec<_>) = all.partition(|image| image.top == chain);
         state.expected = expected;
         if !ready.is_empty() {
-            state.queue.extend(ready.into_iter().map(|image| Waiting { image, unpacked: true }));
+            let not_before = Instant::now() + self.after;
+            state.queue.extend(ready.into_iter().map(|image| Waiting { image, unpacked: true, not_before }));
             self.more.notify_one();
         }
     }
@@ -142,11 +150,14 @@ impl Indexer {
                 self.more.notified().await;
                 continue;
             };
+            // Those behind it came later.
+            tokio::time::sleep_until(next.not_before).await;
             self.index(&server, next).await;
         }
     }
 
-    async fn index(&self, server: &Embedded, Waiting { image: next, unpacked }: Waiting) {
+    async fn index(&self, server: &Embedded, waiting: Waiting) {
+        let Waiting { image: next, unpacked, .. } = waiting;
         let begun = self.begin(&next).await;
         let result = match begun {
             Ok(true) => import(server, &next.name).await,
@@ -167,8 +178,8 @@ impl Indexer {
             }
             Err(error) if passing(error.kind) && self.tries(&next.name) < MAX_TRIES => {
                 warn!({ names::IMAGE } = next.image, %error, "image is not indexed now; it is tried again");
-                self.state().queue.push_back(Waiting { image: next, unpacked });
-                tokio::time::sleep(PAUSE).await;
+                let not_before = Instant::now() + PAUSE;
+                self.state().queue.push_back(Waiting { image: next, unpacked, not_before });
                 return;
             }
             Err(error) if error.kind == ErrorKind::NotFound && !unpacked => {

@@ -322,7 +322,7 @@ fn embedded_server(
         return None;
     }
     let options = EmbeddedOptions { directory: settings.root.join("server"), limit: settings.server.embedded_limit };
-    let opened = Indexer::new(catalog.clone()).and_then(|indexer| {
+    let opened = Indexer::new(catalog.clone(), settings.server.index_after).and_then(|indexer| {
         Embedded::open(options, registry.clone(), containerd, Arc::clone(store), Arc::new(indexer))
     });
     match opened {

@@ -52,6 +52,9 @@ pub struct ServerSettings {
     /// Bytes of TOCs and windows that it keeps; beyond that, what was used least recently goes.
     #[serde(with = "amount::size")]
     pub embedded_limit: u64,
+    /// How long the embedded server leaves an image alone after it was pulled, before it makes its TOCs: 0 s to 1 h.
+    #[serde(with = "amount::duration")]
+    pub index_after: Duration,
 }
 
 /// `[registry]`.
@@ -139,7 +142,15 @@ impl Default for RegistrySettings {
 
 impl Default for ServerSettings {
     fn default() -> Self {
-        Self { address: String::new(), ca: None, cert: None, key: None, embedded: true, embedded_limit: 1 << 30 }
+        Self {
+            address: String::new(),
+            ca: None,
+            cert: None,
+            key: None,
+            embedded: true,
+            embedded_limit: 1 << 30,
+            index_after: Duration::from_secs(10),
+        }
     }
 }
 
@@ -209,6 +220,9 @@ impl Schema for Settings {
     }
 }
 
+/// An image that is pulled again sooner than it is indexed is never lazy.
+const MAX_INDEX_AFTER: Duration = Duration::from_secs(3600);
+
 /// Syncing more often than that would only wear the disk out.
 const MIN_SYNC: Duration = Duration::from_millis(10);
 
@@ -234,6 +248,9 @@ impl StoreSettings {
 
 impl ServerSettings {
     fn check(&self) -> Result<(), SettingsError> {
+        if self.index_after > MAX_INDEX_AFTER {
+            return Err(SettingsError::value("server.index_after", "must be at most \"1h\""));
+        }
         if self.cert.is_some() != self.key.is_some() {
             let key = if self.cert.is_some() { "server.cert" } else { "server.key" };
             return Err(SettingsError::value(key, "server.cert and server.key belong together: set both or none"));
@@ -285,6 +302,7 @@ mod tests {
             ("[fetch]\nconnections = 1", "fetch.connections in line 2: is 1, but one connection is kept"),
             ("[fetch]\nrecord_one_in = 0", "fetch.record_one_in in line 2: is 0: set 1"),
             ("decision_deadline = \"2min\"", "containerd holds a lock"),
+            ("[server]\nindex_after = \"2h\"", "at most"),
             ("root = \"relative\"", "absolute"),
             ("[server]\naddress = \"http://10.0.0.1:7443\"", "server.ca"),
             ("[server]\naddress = \"server:7443\"", "https://"),

@@ -39,6 +39,8 @@ const CALL: Duration = Duration::from_secs(30);
 pub struct NodeOptions {
     /// `http://` or `https://` address of the server; empty: none.
     pub server: String,
+    /// Without a server: how long an image is left alone after its pull, before the node indexes it.
+    pub index_after: Duration,
     /// The server's authority, for `https://`.
     pub ca: Option<PathBuf>,
     /// Directory in the manner of `certs.d`.
@@ -67,10 +69,11 @@ pub struct NodeOptions {
 }
 
 impl NodeOptions {
-    /// Hydration on, anonymous, reads wait up to 60 s.
+    /// Hydration on, anonymous, images are indexed at once, reads wait up to 60 s.
     pub fn new(server: &str, certs_d: &Path) -> Self {
         Self {
             server: server.to_owned(),
+            index_after: Duration::ZERO,
             ca: None,
             certs_d: certs_d.to_owned(),
             docker_config: None,
@@ -467,7 +470,12 @@ fn node_settings(dir: &Path, options: &NodeOptions) -> Result<String> {
         // An emulated processor takes longer than the second that is usual.
         writeln!(text, "decision_deadline = \"20s\"")?;
     }
-    writeln!(text, "\n[server]\naddress = {:?}", options.server)?;
+    writeln!(
+        text,
+        "\n[server]\naddress = {:?}\nindex_after = \"{}ms\"",
+        options.server,
+        options.index_after.as_millis()
+    )?;
     if let Some(ca) = &options.ca {
         writeln!(text, "ca = {ca:?}")?;
     }

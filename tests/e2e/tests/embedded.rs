@@ -4,7 +4,7 @@
 
 use std::path::{Path, PathBuf};
 use std::process::Command;
-use std::time::Duration;
+use std::time::{Duration, Instant};
 
 use millstream_e2e::containerd::{Containerd, Version};
 use millstream_e2e::cri::{ContainerSpec, Cri, Pod};
@@ -163,6 +163,25 @@ fn indexing_survives_the_death_of_the_worker() {
     // What a worker of before had answered as lazy is read with windows that only the embedded server has.
     node.set_hydration(true).unwrap();
     await_verified(&node, &large).unwrap();
+}
+
+#[test]
+fn an_image_is_left_alone_while_its_container_starts() {
+    const AFTER: Duration = Duration::from_secs(4);
+    if !can_be_set(&[]) {
+        return;
+    }
+    let (mut stage, options) = alone(Stage::set().unwrap(), Version::V1);
+    let image = stage.push("app", &image("app")).unwrap();
+    let node = Node::start(&stage.work, &NodeOptions { index_after: AFTER, ..options }).unwrap();
+    let containerd = stage.containerd(Version::V1, &node, false).unwrap();
+    let cri = stage.cri(&containerd).unwrap();
+    stage.count_from_now().unwrap();
+    cri.pull(&image.reference, None).unwrap();
+    let pulled = Instant::now();
+    await_indexed(&node, &image);
+    // Its last layer was unpacked a little before the pull ended.
+    assert!(pulled.elapsed() > AFTER / 2, "{:?}", pulled.elapsed());
 }
 
 fn login() -> Login {

@@ -177,6 +177,7 @@ impl Subject {
                 options.profiles = known != Known::Indexed;
                 // As the daemon has it by itself.
                 options.record_one_in = 8;
+                options.index_after = Duration::from_secs(10);
                 options.log_level = "info";
                 Ok(Daemon::Millstream(Box::new(Node::start(&rig.work, &options)?)))
             }
