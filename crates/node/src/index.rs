@@ -90,10 +90,22 @@ impl State {
         self.expected.push(expected.clone());
         Ok(given_up)
     }
+
+    /// Takes the image that may be begun first, not the one that came first: one that is tried again would hold up those behind it.
+    /// Where none may be begun `now`, gives the time when one may, if any waits.
+    fn take_due(&mut self, now: Instant) -> Result<Waiting, Option<Instant>> {
+        let first = self.queue.iter().enumerate().min_by_key(|(_, waiting)| waiting.not_before);
+        let (at, not_before) = first.map(|(at, waiting)| (at, waiting.not_before)).ok_or(None)?;
+        if not_before > now {
+            return Err(Some(not_before));
+        }
+        self.queue.remove(at).ok_or(None)
+    }
 }
 
 impl Indexer {
-    /// Images are indexed `after` they were unpacked. Takes up what an earlier worker has left: whether the top layers were unpacked meanwhile is found out by trying.
+    /// Images are indexed `after` they were unpacked. Takes up what an earlier worker has left: whether the top layers were unpacked
+    /// meanwhile is found out by trying.
     ///
     /// # Errors
     /// Those of the database.
@@ -145,14 +157,13 @@ impl Indexer {
     /// Works until it is dropped.
     pub async fn work(&self, server: Embedded) {
         loop {
-            let next = self.state().queue.pop_front();
-            let Some(next) = next else {
-                self.more.notified().await;
-                continue;
-            };
-            // Those behind it came later.
-            tokio::time::sleep_until(next.not_before).await;
-            self.index(&server, next).await;
+            let next = self.state().take_due(Instant::now());
+            match next {
+                Ok(next) => self.index(&server, next).await,
+                // One that comes meanwhile may be due earlier.
+                Err(Some(due)) => tokio::time::timeout_at(due, self.more.notified()).await.unwrap_or_default(),
+                Err(None) => self.more.notified().await,
+            }
         }
     }
 
@@ -233,4 +244,31 @@ async fn import(server: &Embedded, name: &str) -> Result<(), SourceError> {
     let image: ImageRef =
         name.parse().map_err(|error| SourceError::new(ErrorKind::Malformed, format!("{name}: {error}")))?;
     server.import_whole(&image).await
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    fn waiting(name: &str, not_before: Instant) -> Waiting {
+        let top = ChainId(millstream_oci::Digest::of(name.as_bytes()));
+        let image = Expected { image: name.to_owned(), name: name.to_owned(), top };
+        Waiting { image, unpacked: true, not_before }
+    }
+
+    #[test]
+    fn an_image_that_is_tried_again_holds_up_nobody() {
+        let now = Instant::now();
+        let (soon, late) = (now + Duration::from_secs(10), now + PAUSE);
+        let mut state = State::default();
+        assert_eq!(state.take_due(now).unwrap_err(), None);
+        state.queue.push_back(waiting("again", late));
+        state.queue.push_back(waiting("first", soon));
+        state.queue.push_back(waiting("second", soon));
+        assert_eq!(state.take_due(now).unwrap_err(), Some(soon));
+        assert_eq!(state.take_due(soon).unwrap().image.name, "first");
+        assert_eq!(state.take_due(soon).unwrap().image.name, "second");
+        assert_eq!(state.take_due(soon).unwrap_err(), Some(late));
+        assert_eq!(state.take_due(late).unwrap().image.name, "again");
+    }
 }
