@@ -95,9 +95,10 @@ struct Parts {
 
 impl Read for Parts {
     fn read(&mut self, out: &mut [u8]) -> io::Result<usize> {
+        // Nothing more is fetched meanwhile than fits into the channel: all of hydration rests. Not only between two parts, which
+        // take long.
+        self.courtesy.rest();
         while self.current.is_empty() {
-            // Nothing more is fetched meanwhile than fits into the channel: all of hydration rests.
-            self.courtesy.rest();
             match self.parts.blocking_recv() {
                 Some(part) => self.current = part,
                 None if self.left == 0 => return Ok(0),

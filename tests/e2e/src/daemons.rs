@@ -406,6 +406,12 @@ impl Server {
         Ok(Self { process })
     }
 
+    /// Its number.
+    #[must_use]
+    pub fn id(&self) -> u32 {
+        self.process.id()
+    }
+
     /// The most memory that it has had so far; see [`peak_memory`].
     ///
     /// # Errors

@@ -121,6 +121,12 @@ impl Rig {
         Ok(())
     }
 
+    /// The server's process, if it runs.
+    #[must_use]
+    pub fn server_process(&self) -> Option<u32> {
+        self.server.as_ref().map(Server::id)
+    }
+
     /// Ends the server.
     ///
     /// # Errors

@@ -8,7 +8,7 @@ use anyhow::{Context as _, Result, bail, ensure};
 use millstream_e2e::daemons::SERVER;
 use millstream_e2e::link::LinkOptions;
 use millstream_e2e::need::{CONTAINERS, Need, bench_tool};
-use millstream_e2e::process::eventually;
+use millstream_e2e::process::{eventually, let_pass};
 use millstream_e2e::recipe;
 use millstream_e2e::rig::{Offered, Rig};
 
@@ -16,12 +16,14 @@ use crate::images::{Form, Ready};
 use crate::matrix::{FEW, Group, Job, Link, Matrix, NEAR_PAIRS};
 use crate::peers::{Known, Subject};
 use crate::rows::{Key, Origin, Rows};
-use crate::{floor, job, metrics, say};
+use crate::{floor, job, metrics, processor, say};
 
 /// What the server logs when a profile of its own can be sent.
 const PACKED: &str = "pages of a startup profile put together";
 /// How long that may take after it was told of a start.
 const LEARNED: Duration = Duration::from_secs(120);
+/// Over this time the server has hardly used a processor when it is done with what it was told.
+const IDLE: Duration = Duration::from_secs(1);
 
 /// Starts that a profile is made of: as many as it takes until it is held for certain.
 const STARTS: u32 = 3;
@@ -225,12 +227,14 @@ impl Standing {
             Known::Indexed | Known::First => false,
             Known::Profile => true,
         };
-        if self.known.insert((image.name.clone(), false)) {
+        let imported = self.known.insert((image.name.clone(), false));
+        if imported {
             self.rig.start_server()?;
             let taken = self.rig.import(&self.rig.registry.reference(&image.registry_name(Form::Plain)))?;
             say(format_args!("{}: imported by the server in {:.1} s", image.name, taken.as_secs_f64()));
         }
-        if profile && self.known.insert((image.name.clone(), true)) {
+        let started = profile && self.known.insert((image.name.clone(), true));
+        if started {
             let log = self.rig.work.log(SERVER);
             let put_together = || -> Result<usize> {
                 let text = std::fs::read_to_string(&log)?;
@@ -248,6 +252,17 @@ impl Standing {
             })?;
             say(format_args!("{}: started on {STARTS} other nodes", image.name));
         }
-        Ok(())
+        if imported || started { self.await_idle_server() } else { Ok(()) }
+    }
+
+    /// What the server makes of an image and of its starts takes the processors that are measured, too; and the pages of the last
+    /// start are put together after those of the first.
+    fn await_idle_server(&self) -> Result<()> {
+        let Some(server) = self.rig.server_process() else { return Ok(()) };
+        eventually("the server to be idle", LEARNED, || {
+            let before = processor::used(&[server]);
+            let_pass(IDLE);
+            (processor::used(&[server]) - before < IDLE.as_secs_f64() / 20.0).then_some(())
+        })
     }
 }
