@@ -2,7 +2,8 @@
 //!
 //! Two measures, because one is not enough. A priority weighs only within one cgroup (or session, with `autogroup`), and
 //! containers are in others. So the thread also looks how long it had to wait for a processor, and rests in proportion. That
-//! is better than `/proc/pressure/cpu`, which is about the whole machine and counts our own waiting as pressure.
+//! is better than `/proc/pressure/cpu`, which is about the whole machine and counts our own waiting as pressure. How long it rests
+//! depends, while the work is young, on whether any processor is idle: then nobody lacks one.
 
 use std::fs::File;
 use std::os::unix::fs::FileExt;
@@ -53,6 +54,7 @@ const LONGEST_REST: Duration = Duration::from_secs(1);
 #[derive(Debug)]
 pub(crate) struct Courtesy {
     statistics: Option<File>,
+    /// `/proc/stat`.
     processors: Option<File>,
     begun: Instant,
     /// When the statistics were read last.
