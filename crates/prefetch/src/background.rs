@@ -40,8 +40,9 @@ pub(crate) async fn at_low_priority<T: Send + 'static>(
 const REST: u32 = 8;
 /// The same while the work is young: the container that it is for starts, and has the processors almost for itself.
 const REST_AT_START: u32 = 64;
-/// Work is young for as long. Bounded, so that it comes to its end in reasonable time on a machine that is never idle.
-const START: Duration = Duration::from_secs(20);
+/// Work is young for as long, which is longer than most containers take to start. Bounded, so that it comes to its end in reasonable
+/// time on a machine that is never idle.
+const START: Duration = Duration::from_secs(10);
 /// Over how much time it is looked how long the thread waited: over less, any hiccup would look like a machine that is busy.
 const LOOK: Duration = Duration::from_millis(100);
 /// Of the time of all processors: where more was idle, nobody lacks one. Threads that wait for each other now and then, and for
