@@ -206,9 +206,6 @@ mod tests {
         let later = Ticks { idle: 460, all: 536 };
         assert!((later.idle_since(ticks) - 0.5).abs() < 1e-9 && ticks.idle_since(ticks) == 0.0);
         assert_eq!(Ticks::parse(b"cpu 1 2 3"), None);
-        // The buffer holds the first line of a machine that has been on for long.
-        let long = format!("cpu  {}", vec![u64::MAX.to_string(); 10].join(" "));
-        assert!(long.len() < 256);
         assert!(Courtesy::of_this_thread().ticks().is_some());
     }
 
